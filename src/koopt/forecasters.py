@@ -1,15 +1,17 @@
 """Rules that turn a window into coefficients over its snapshots; a forecast is their combination.
 
 A rule sees the snapshots only through inner products, so it takes the snapshots themselves, `(*batch, time, state)`, or
-their coordinates in any orthonormal basis, such as ``linalg.triangular_factor(snapshots)``, which is no larger than time x
-time. Each returns `(*batch, time)` float64 coefficients; horizons are in snapshot steps after the last snapshot.
+their coordinates in any orthonormal basis, such as ``linalg.triangular_factor(snapshots)``, which is no larger than
+time x time. Each returns `(*batch, time)` float64 coefficients; horizons are in snapshot steps after the last snapshot.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
 
 from koopt import linalg
 from koopt.operator import fit_in_form
@@ -24,7 +26,19 @@ if TYPE_CHECKING:
 def koopman(
     snapshots: Float[Tensor, "*batch time state"], horizon: float, max_modulus: float | None = None, **fit_options
 ) -> Float[Tensor, "*batch time"]:
-    """The forecast of :func:`koopt.fit` with the same options; source: Dogra & Redman (2020), Algorithm 1.
+    """The forecast of :func:`koopt.fit` as coefficients.
+
+    Args:
+        snapshots: `(*batch, time, state)`. Where it is a factor, give `rtol`: its default depends on the dtype and the
+            shape of the snapshots themselves.
+        horizon: snapshot steps >= 0, or ``math.inf`` for the fixed point.
+        max_modulus: eigenvalues beyond this modulus are drawn in to it.
+        fit_options: as :func:`koopt.fit` takes them.
+
+    Raises:
+        ValueError: as :func:`koopt.fit` and :meth:`koopt.Operator.forecast`.
+
+    Source: Dogra & Redman (2020), Algorithm 1.
 
     >>> koopman(torch.tensor([[4.0], [2.0]]), 1)
     tensor([0.0000, 0.5000], dtype=torch.float64)
@@ -33,7 +47,7 @@ def koopman(
 
 
 def last(snapshots: Float[Tensor, "*batch time state"], horizon: float) -> Float[Tensor, "*batch time"]:
-    """No change: the last snapshot.
+    """No change: the last snapshot, whatever the horizon.
 
     >>> last(torch.zeros(3, 1), 5)
     tensor([0., 0., 1.], dtype=torch.float64)
@@ -42,7 +56,9 @@ def last(snapshots: Float[Tensor, "*batch time state"], horizon: float) -> Float
 
 
 def mean(snapshots: Float[Tensor, "*batch time state"], horizon: float) -> Float[Tensor, "*batch time"]:
-    """The mean of the window, whatever the horizon (LAWA, stochastic weight averaging).
+    """The mean of the window, whatever the horizon.
+
+    Source: Izmailov et al. (2018), stochastic weight averaging; Kaddour (2022), latest weight averaging (LAWA).
 
     >>> mean(torch.zeros(4, 1), 5)
     tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
@@ -57,14 +73,26 @@ def line(
     span: int = 1,
     times: Float[Tensor, " time"] | None = None,
 ) -> Float[Tensor, "*batch time"]:
-    """The straight line through the last snapshot and the one `span` before it; `times` where the spacing is uneven.
+    """The straight line through the last snapshot and the one `span` before it.
+
+    Args:
+        snapshots: `(*batch, time, state)`, at least two.
+        horizon: finite, in snapshot steps, or in the unit of `times`.
+        span: snapshots between the two.
+        times: `(time,)`, when each snapshot was taken, where the spacing is uneven.
+
+    Raises:
+        ValueError: if the window is too short for `span`, `times` do not rise, or the horizon is not finite.
 
     >>> line(torch.zeros(3, 1), 2)
     tensor([ 0., -2.,  3.], dtype=torch.float64)
     """
+    _require_finite(horizon)
     ages = _ages(snapshots, times)
-    if not 1 <= span < len(ages):
-        raise ValueError(f"span is {span}, expected 1 to {len(ages) - 1} for a window of {len(ages)} snapshots")
+    if isinstance(span, bool) or not isinstance(span, int) or not 1 <= span < len(ages):
+        raise ValueError(
+            f"span is {span!r}, expected a whole number >= 1 and below {len(ages)}, the number of snapshots"
+        )
     share = horizon / ages[-1 - span]
     coefficients = torch.zeros_like(ages)
     coefficients[-1] = 1 + share
@@ -75,11 +103,20 @@ def line(
 def regression(
     snapshots: Float[Tensor, "*batch time state"], horizon: float, times: Float[Tensor, " time"] | None = None
 ) -> Float[Tensor, "*batch time"]:
-    """The least-squares line through the window; `times` where the spacing is uneven.
+    """The least-squares line through the window; of a single snapshot, that snapshot.
+
+    Args:
+        snapshots: `(*batch, time, state)`.
+        horizon: finite, in snapshot steps, or in the unit of `times`.
+        times: `(time,)`, when each snapshot was taken, where the spacing is uneven.
+
+    Raises:
+        ValueError: if `times` do not rise, or the horizon is not finite.
 
     >>> regression(torch.zeros(3, 1), 0)
     tensor([-0.1667,  0.3333,  0.8333], dtype=torch.float64)
     """
+    _require_finite(horizon)
     ages = _ages(snapshots, times)
     centered = ages.mean() - ages
     spread = centered.square().sum()
@@ -90,7 +127,15 @@ def regression(
 def ema(
     snapshots: Float[Tensor, "*batch time state"], horizon: float, decay: float = 0.9
 ) -> Float[Tensor, "*batch time"]:
-    """The exponential moving average of the window, whatever the horizon; `decay` a snapshot, weights normalized.
+    """The exponential moving average of the window, whatever the horizon; weights normalized.
+
+    Args:
+        snapshots: `(*batch, time, state)`.
+        horizon: not used.
+        decay: between 0 and 1, what is left of a snapshot's weight after each later one.
+
+    Raises:
+        ValueError: if `decay` is out of range.
 
     >>> ema(torch.zeros(2, 1), 5, decay=0.5)
     tensor([0.3333, 0.6667], dtype=torch.float64)
@@ -102,21 +147,32 @@ def ema(
 def dema(
     snapshots: Float[Tensor, "*batch time state"], horizon: float, decay: float = 0.9
 ) -> Float[Tensor, "*batch time"]:
-    """Double exponential smoothing: the line that an average and its own average lie on; source: Brown (1956).
+    """Double exponential smoothing: the line that an average and its own average lie on.
 
     In a long window it is ``2 E - EE + horizon (1 - decay) / decay (E - EE)``; in a short one the ages of both averages
     are the true ones, so that a straight line is always continued exactly.
 
-    >>> dema(torch.zeros(2, 1), 1, decay=0.5)
+    Args:
+        snapshots: `(*batch, time, state)`.
+        horizon: snapshot steps, finite.
+        decay: as in :func:`ema`.
+
+    Raises:
+        ValueError: if `decay` is out of range or the horizon is not finite.
+
+    Source: Brown & Meyer (1961), double smoothing.
+
+    >>> dema(torch.zeros(2, 1), 1, decay=0.5).round()
     tensor([-1.,  2.], dtype=torch.float64)
     """
+    _require_finite(horizon)
     ages = _ages(snapshots)
     once = _decayed(snapshots, decay)
     twice = once * (ages + 1)
     once, twice = once / once.sum(), twice / twice.sum()
-    age, age_twice = once @ ages, twice @ ages
     if len(ages) == 1:
         return _everywhere(snapshots, once)
+    age, age_twice = once @ ages, twice @ ages
     return _everywhere(snapshots, once + (horizon + age) / (age_twice - age) * (once - twice))
 
 
@@ -126,9 +182,12 @@ def anderson(
     """Regularized Anderson mixing: the affine combination whose step is smallest, whatever the horizon.
 
     Args:
-        snapshots: at least two.
+        snapshots: `(*batch, time, state)`, at least two.
         horizon: not used; the rule aims at the fixed point.
         regularization: added to the Gram matrix of the steps, as a share > 0 of its trace.
+
+    Raises:
+        ValueError: if there is one snapshot only, or `regularization` is not positive and finite.
 
     Source: Anderson (1965); Scieur, d'Aspremont & Bach (2016) for the regularization.
 
@@ -138,14 +197,14 @@ def anderson(
     time = snapshots.shape[-2]
     if time < 2:
         raise ValueError(f"snapshots: anderson needs at least 2, got {time}; record more")
-    if not regularization > 0:
+    if not 0 < regularization < math.inf:
         raise ValueError(f"regularization is {regularization}, expected a positive share, such as 1e-8")
-    squared = linalg.gram(snapshots.diff(dim=-2))
+    squared = linalg.gram(snapshots, lambda rows: rows.diff(dim=-2))
     scale = squared.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
     scale = torch.where(scale > 0, scale, 1.0)
     eye = torch.eye(time - 1, dtype=torch.float64, device=snapshots.device)
     weights = torch.linalg.solve(squared / scale + regularization * eye, torch.ones_like(squared[..., :1])).squeeze(-1)
-    return torch.nn.functional.pad(weights / weights.sum(dim=-1, keepdim=True), (1, 0))
+    return pad(weights / weights.sum(dim=-1, keepdim=True), (1, 0))
 
 
 METHODS: dict[str, Callable[..., Tensor]] = {
@@ -165,11 +224,11 @@ def _ages(snapshots: Tensor, times: Tensor | None = None) -> Tensor:
     time = snapshots.shape[-2]
     if times is None:
         return torch.arange(time - 1, -1, -1, dtype=torch.float64, device=snapshots.device)
-    if times.shape != (time,) or bool((times.diff() <= 0).any()):
-        raise ValueError(
-            f"times has shape {tuple(times.shape)}, expected ({time},), strictly rising: one time a snapshot"
-        )
+    if times.shape != (time,):
+        raise ValueError(f"times has shape {tuple(times.shape)}, expected ({time},): one time a snapshot")
     exact = times.to(snapshots.device, torch.float64)
+    if not bool((exact.diff() > 0).all()):
+        raise ValueError(f"times is {exact.tolist()}, expected strictly rising numbers: when each snapshot was taken")
     return exact[-1] - exact
 
 
@@ -177,6 +236,11 @@ def _decayed(snapshots: Tensor, decay: float) -> Tensor:
     if not 0 < decay < 1:
         raise ValueError(f"decay is {decay}, expected 0 < decay < 1: the share kept at each snapshot")
     return decay ** _ages(snapshots)
+
+
+def _require_finite(horizon: float) -> None:
+    if not math.isfinite(horizon):
+        raise ValueError(f"horizon is {horizon}, but a line has no limit; pass a finite number of snapshot steps")
 
 
 def _everywhere(snapshots: Tensor, coefficients: Tensor) -> Tensor:

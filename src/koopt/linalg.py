@@ -8,53 +8,121 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from jaxtyping import Bool, Complex, Float
     from torch import Tensor
 
 EPS = torch.finfo(torch.float64).eps
+SQUARABLE = torch.finfo(torch.float64).tiny ** 0.5  # numbers below this have no square in float64
 ON_CIRCLE = 1e-8  # |lambda| this close to 1 counts as 1: a defective pair splits by sqrt(eps)
 TRUSTED = 1e-6  # relative error above which an eigendecomposition is not used
+WORST_BASIS = 1e6  # condition number of eigenvectors above which they are not used: clamping is not smooth
 PARALLEL = 1e-3  # eigenvectors of eigenvalue 1 closer than this are one defective pair, which drifts
 SUBSPACE_ERROR = 1e-8  # largest angle accepted from a Gram matrix
 OVERSAMPLING = 4
-SWEEPS = 4
-CHUNK = 4096  # rows of a tall factor at a time, so that a piece stays in cache
+SWEEPS = 3
+CHUNK = 4096  # columns of a tall factor at a time, so that a piece stays in cache
+WIDE_CHUNK = 16 * CHUNK  # where a piece is only multiplied
 
 
-def triangular_factor(rows: Float[Tensor, "*batch time state"]) -> Float[Tensor, "*batch time rank"]:
-    """``R^T`` of ``rows^T = Q R``: the snapshots in an orthonormal basis of their span, chunk by chunk in float64."""
+def triangular_factor(
+    rows: Float[Tensor, "*batch time state"], prepare: Callable[[Tensor], Tensor] | None = None
+) -> Float[Tensor, "*batch prepared rank"]:
+    """``R^T`` of ``rows^T = Q R``: the snapshots in an orthonormal basis of their span, chunk by chunk in float64.
+
+    Args:
+        rows: snapshots in any floating-point dtype, at least one weight wide.
+        prepare: applied to each float64 piece `(*batch, time, columns)`; may change the number of rows.
+
+    Returns:
+        `(*batch, time, min(time, state))` float64.
+
+    Source: Demmel, Grigori, Hoemmen & Langou (2012), sequential TSQR.
+
+    >>> triangular_factor(torch.tensor([[3.0, 4.0]])).abs()
+    tensor([[5.]], dtype=torch.float64)
+    """
     factor = None
-    for piece in rows.split(CHUNK, dim=-1):
-        tall = piece.to(torch.float64).mT
-        if factor is not None:
-            tall = torch.cat([factor, tall], dim=-2)
+    for piece in _pieces(rows, CHUNK, prepare):
+        tall = piece.mT if factor is None else torch.cat([factor, piece.mT], dim=-2)
         factor = torch.linalg.qr(tall, mode="r").R
     assert factor is not None
     return factor.mT
 
 
-def gram(rows: Float[Tensor, "*batch time state"]) -> Float[Tensor, "*batch time time"]:
-    """``rows rows^T`` accumulated in float64, chunk by chunk."""
+def gram(
+    rows: Float[Tensor, "*batch time state"], prepare: Callable[[Tensor], Tensor] | None = None
+) -> Float[Tensor, "*batch prepared prepared"]:
+    """``rows rows^T`` accumulated in float64, chunk by chunk; arguments as :func:`triangular_factor`.
+
+    >>> gram(torch.tensor([[3.0, 4.0]]))
+    tensor([[25.]], dtype=torch.float64)
+    """
     total = None
-    for piece in rows.split(16 * CHUNK, dim=-1):
-        exact = piece.to(torch.float64)
-        product = exact @ exact.mT
+    for piece in _pieces(rows, WIDE_CHUNK, prepare):
+        product = piece @ piece.mT
         total = product if total is None else total.add_(product)
     assert total is not None
     return total
 
 
 def combine(
-    coefficients: Float[Tensor, "*batch time"], rows: Float[Tensor, "*batch time state"]
+    coefficients: Float[Tensor, "*batch time"],
+    rows: Float[Tensor, "*batch time state"],
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*batch state"]:
-    """``coefficients @ rows`` accumulated in float64, chunk by chunk, returned in the dtype of `rows`."""
-    weights = coefficients.unsqueeze(-2)
-    pieces = rows.split(16 * CHUNK, dim=-1)
-    return torch.cat([(weights @ piece.to(torch.float64)).squeeze(-2).to(rows.dtype) for piece in pieces], dim=-1)
+    """``coefficients @ rows`` accumulated in float64, chunk by chunk, returned in `dtype` (None: that of `rows`).
+
+    >>> combine(torch.tensor([-1.0, 2.0]), torch.tensor([[1.0], [2.0]]))
+    tensor([3.])
+    """
+    weights = coefficients.to(torch.float64).unsqueeze(-2)
+    pieces = [(weights @ piece).squeeze(-2).to(dtype or rows.dtype) for piece in _pieces(rows, WIDE_CHUNK)]
+    return torch.cat(pieces, dim=-1)
 
 
-def thin_svd(rows: Float[Tensor, "*batch time state"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular value decomposition ``rows = left diag(values) right^T``, by QR first where there are many more rows."""
+def combine_columns(
+    coefficients: Complex[Tensor, "*batch time r"], rows: Float[Tensor, "*batch time state"]
+) -> Complex[Tensor, "*batch state r"]:
+    """``rows^T coefficients``, chunk by chunk.
+
+    >>> combine_columns(torch.tensor([[1j], [1.0]]), torch.tensor([[3.0], [4.0]]))
+    tensor([[4.+3.j]], dtype=torch.complex128)
+    """
+    columns = coefficients.to(torch.complex128)
+    return torch.cat([piece.mT.to(columns.dtype) @ columns for piece in _pieces(rows, WIDE_CHUNK)], dim=-2)
+
+
+def inner(
+    rows: Float[Tensor, "*batch time state"], vector: Float[Tensor, "*batch state"]
+) -> Float[Tensor, "*batch time"]:
+    """``rows @ vector`` accumulated in float64, chunk by chunk.
+
+    >>> inner(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 1.0]))
+    tensor([7.], dtype=torch.float64)
+    """
+    total = torch.zeros(rows.shape[:-1], dtype=torch.float64, device=rows.device)
+    for piece, part in zip(_pieces(rows, WIDE_CHUNK), _pieces(vector, WIDE_CHUNK), strict=True):
+        total += (piece @ part.unsqueeze(-1)).squeeze(-1)
+    return total
+
+
+def _pieces(rows: Tensor, width: int, prepare: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
+    for piece in rows.split(width, dim=-1):
+        exact = piece.to(torch.float64)
+        yield exact if prepare is None else prepare(exact)
+
+
+def thin_svd(
+    rows: Float[Tensor, "*batch time state"],
+) -> tuple[Float[Tensor, "*batch time n"], Float[Tensor, "*batch n"], Float[Tensor, "*batch state n"]]:
+    """Singular value decomposition ``rows = left diag(values) right^T``, by QR first where there are many more rows.
+
+    >>> left, values, right = thin_svd(torch.tensor([[3.0, 0.0], [0.0, 5.0]]))
+    >>> values
+    tensor([5., 3.])
+    """
     if rows.shape[-2] <= 2 * rows.shape[-1]:
         left, values, right = torch.linalg.svd(rows, full_matrices=False)
         return left, values, right.mT
@@ -66,46 +134,102 @@ def thin_svd(rows: Float[Tensor, "*batch time state"]) -> tuple[Tensor, Tensor, 
 def leading_eigenvectors(
     symmetric: Float[Tensor, "batch n n"], count: int
 ) -> tuple[Float[Tensor, "batch count"], Float[Tensor, "batch n count"], Bool[Tensor, " batch"]]:
-    """The largest eigenvalues of positive semidefinite matrices by block subspace iteration.
+    """The largest eigenvalues of positive semidefinite matrices, by subspace iteration where a few sweeps will do.
 
-    Returns eigenvalues (falling), orthonormal eigenvectors, and which matrices have their leading subspace to
-    ``SUBSPACE_ERROR``: residual and rounding over the gap (Davis & Kahan). The others need a factor that is not squared.
+    Args:
+        symmetric: `(batch, n, n)` float64, finite.
+        count: how many eigenvalues, at most n.
+
+    Returns:
+        Eigenvalues (falling), orthonormal eigenvectors, and which matrices have their leading subspace to
+        ``SUBSPACE_ERROR``: residual and rounding over the gap (Davis & Kahan). The others need a factor that is not
+        squared.
+
+    Source: Halko, Martinsson & Tropp (2011), Algorithm 4.4; Davis & Kahan (1970).
+
+    >>> values, _, settled = leading_eigenvectors(torch.diag(torch.tensor([1.0, 9.0, 4.0]).double())[None], 2)
+    >>> values.round(), settled
+    (tensor([[9., 4.]], dtype=torch.float64), tensor([True]))
     """
+    scale = symmetric.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
+    sized = scale > SQUARABLE**2
+    scale = torch.where(sized, scale, 1.0)
+    symmetric = symmetric / scale[:, None, None]  # so that its own square exists
     size = symmetric.shape[-1]
     width = min(size, count + OVERSAMPLING)
     generator = torch.Generator().manual_seed(0)  # a fixed start: the same data always give the same operator
     block = torch.randn(size, width, generator=generator, dtype=torch.float64).to(symmetric.device)
     block = torch.linalg.qr(symmetric @ (symmetric @ block)).Q
-    for sweep in range(SWEEPS):
-        image = symmetric @ block
-        values, rotation = torch.linalg.eigh(block.mT @ image)
-        values, rotation = values.flip(-1), rotation.flip(-1)
-        block, image = block @ rotation, image @ rotation
-        error = (image - block * values.unsqueeze(-2))[..., :count].norm(dim=(-2, -1)) + EPS * values[..., 0]
-        gap = values[..., count - 1] - (values[..., count] if width > count else 0.0)
-        settled = (error <= SUBSPACE_ERROR * gap) & (gap > 0)
-        if sweep == SWEEPS - 1 or bool(settled.all()):
+    block, image, values, settled = _rayleigh_ritz(symmetric, block, count)
+    for _ in range(SWEEPS):
+        if bool(settled.all()):
             break
         block = torch.linalg.qr(symmetric @ torch.linalg.qr(image).Q).Q
-    return values[..., :count], block[..., :count], settled
+        block, image, values, settled = _rayleigh_ritz(symmetric, block, count)
+    if not bool(settled.all()):
+        missed = (~settled).nonzero().squeeze(-1)
+        slow = symmetric[missed]
+        exact = _rayleigh_ritz(slow, torch.linalg.eigh(slow).eigenvectors.flip(-1)[..., :width], count)
+        block, _, values, settled = (
+            old.index_copy(0, missed, new) for old, new in zip((block, image, values, settled), exact, strict=True)
+        )
+    return values[..., :count] * scale.unsqueeze(-1), block[..., :count], settled & sized
+
+
+def _rayleigh_ritz(symmetric: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best eigenvectors within the span of a block, their image, their eigenvalues, and whether they will do."""
+    image = symmetric @ block
+    values, rotation = torch.linalg.eigh(block.mT @ image)
+    values, rotation = values.flip(-1), rotation.flip(-1)
+    block, image = block @ rotation, image @ rotation
+    error = (image - block * values.unsqueeze(-2))[..., :count].norm(dim=(-2, -1)) + EPS * values[..., 0]
+    gap = values[..., count - 1] - (values[..., count] if values.shape[-1] > count else 0.0)
+    return block, image, values, (error <= SUBSPACE_ERROR * gap) & (gap > 0)
 
 
 def eig(matrix: Float[Tensor, "*batch n n"]) -> tuple[Complex[Tensor, "*batch n"], Complex[Tensor, "*batch n n"]]:
-    """Eigenvalues and eigenvectors; on the CPU, where batches of small matrices are much faster than on a GPU."""
+    """Eigenvalues and eigenvectors; on the CPU, where batches of small matrices are much faster than on a GPU.
+
+    >>> eig(torch.tensor([[2.0]]))[0]
+    tensor([2.+0.j])
+    """
     values, vectors = torch.linalg.eig(matrix.cpu())
     return values.to(matrix.device), vectors.to(matrix.device)
 
 
 def solve(vectors: Complex[Tensor, "*batch n n"], vector: Complex[Tensor, "*batch n"]) -> Complex[Tensor, "*batch n"]:
-    """``vectors^-1 vector``; NaN where the matrix is singular, for the caller to find."""
+    """``vectors^-1 vector``, by the pseudo-inverse where the matrix is singular.
+
+    >>> solve(torch.tensor([[2.0 + 0j]]), torch.tensor([3.0 + 0j]))
+    tensor([1.5000+0.j])
+    """
     solution, failed = torch.linalg.solve_ex(vectors, vector.unsqueeze(-1))
-    return torch.where((failed != 0).unsqueeze(-1), math.nan, solution.squeeze(-1))
+    if bool(failed.any()):
+        least = torch.linalg.pinv(vectors) @ vector.unsqueeze(-1)
+        solution = torch.where((failed != 0)[..., None, None], least, solution)
+    return solution.squeeze(-1)
 
 
 def evolve(
     transition: Float[Tensor, "*batch n n"], start: Float[Tensor, "*batch n"], horizon: float
 ) -> Float[Tensor, "*batch n"]:
-    """``transition^horizon start`` for a whole, a real or an infinite horizon >= 0."""
+    """``transition^horizon start``.
+
+    Args:
+        transition: `(*batch, n, n)` float64.
+        start: `(*batch, n)` float64.
+        horizon: >= 0. Whole: by powers, also for defective matrices. Real: the last part of a step by the principal
+            branch, along a straight line where the eigenvectors do not carry it. Infinite: the limit.
+
+    Returns:
+        `(*batch, n)` float64.
+
+    Raises:
+        ValueError: at an infinite horizon, naming the patches that have no limit.
+
+    >>> evolve(torch.tensor([[4.0]]).double(), torch.tensor([1.0]).double(), 1.5)
+    tensor([8.], dtype=torch.float64)
+    """
     if math.isinf(horizon):
         return _limit(transition, start)
     whole = int(horizon)
@@ -115,26 +239,30 @@ def evolve(
     return _part_of_a_step(transition, reached, horizon - whole)
 
 
-def clamp_modulus(
-    transition: Float[Tensor, "*batch n n"], start: Float[Tensor, "*batch n"], max_modulus: float
-) -> tuple[Float[Tensor, "*batch n n"], Float[Tensor, "*batch n"]]:
-    """Draw eigenvalues beyond `max_modulus` in to it; `start` too, as it has one step of the operator before it."""
+def clamping_factor(transition: Float[Tensor, "*batch n n"], max_modulus: float) -> Float[Tensor, "*batch n n"]:
+    """The matrix that commutes with `transition` and draws its eigenvalues beyond `max_modulus` in to it.
+
+    Args:
+        transition: `(*batch, n, n)` float64.
+        max_modulus: positive.
+
+    Returns:
+        `(*batch, n, n)` float64, the identity where nothing is to be done. Without a good basis of eigenvectors it is
+        a number times the identity: the patch is scaled as a whole.
+
+    >>> clamping_factor(torch.tensor([[2.0]]).double(), 1.0)
+    tensor([[0.5000]], dtype=torch.float64)
+    """
     values, vectors = eig(transition)
     modulus = values.abs()
     over = modulus > max_modulus * (1 + ON_CIRCLE)
-    factor = torch.where(over, max_modulus / modulus, 1.0)
+    shares = torch.where(over, max_modulus / modulus, 1.0)
     inverse, failed = torch.linalg.inv_ex(vectors)
-    rebuilt = (vectors * values.unsqueeze(-2)) @ inverse
-    scale = transition.abs().amax(dim=(-2, -1))
-    sound = (failed == 0) & ((rebuilt - transition).abs().amax(dim=(-2, -1)) <= TRUSTED * scale)
-    clamped = ((vectors * (values * factor).unsqueeze(-2)) @ inverse).real
-    first = ((vectors * factor.unsqueeze(-2)) @ inverse @ start.to(values.dtype).unsqueeze(-1)).squeeze(-1).real
-    # Without a basis of eigenvectors the patch is scaled as a whole.
-    whole = factor.amin(dim=-1)
-    clamped = torch.where(sound[..., None, None], clamped, transition * whole[..., None, None])
-    first = torch.where(sound[..., None], first, start * whole[..., None])
-    touched = over.any(dim=-1)
-    return torch.where(touched[..., None, None], clamped, transition), torch.where(touched[..., None], first, start)
+    sound = (failed == 0) & (vectors.norm(dim=(-2, -1)) * inverse.norm(dim=(-2, -1)) <= WORST_BASIS)
+    factor = ((vectors * shares.unsqueeze(-2)) @ inverse).real
+    eye = torch.eye(values.shape[-1], dtype=factor.dtype, device=factor.device)
+    factor = torch.where(sound[..., None, None], factor, shares.amin(dim=-1)[..., None, None] * eye)
+    return torch.where(over.any(dim=-1)[..., None, None], factor, eye)
 
 
 def _part_of_a_step(transition: Tensor, vector: Tensor, fraction: float) -> Tensor:
@@ -154,28 +282,37 @@ def _limit(transition: Tensor, start: Tensor) -> Tensor:
     values, vectors = eig(transition)
     modulus = values.abs()
     one = (values - 1).abs() <= ON_CIRCLE
-    require_none(modulus > 1 + ON_CIRCLE, "grow (|lambda| > 1)")
-    require_none((modulus >= 1 - ON_CIRCLE) & ~one, "turn for ever (|lambda| = 1, lambda != 1)")
+    _require_limit(modulus > 1 + ON_CIRCLE, "growth (|lambda| > 1)")
+    _require_limit((modulus >= 1 - ON_CIRCLE) & ~one, "turning for ever (|lambda| = 1, lambda != 1)")
     kept = torch.where(one.unsqueeze(-2), vectors, 0.0)
     # Columns that are left out count as orthogonal, so only parallel kept ones make a small singular value.
     overlap = kept.mH @ kept + torch.diag_embed((~one).to(kept.dtype))
-    drifting = torch.linalg.eigvalsh(overlap)[..., 0] < PARALLEL**2
-    require_none(drifting.unsqueeze(-1), "drift along a straight line")
-    weights = solve(vectors, start.to(values.dtype))
-    return (kept @ torch.where(one, weights, 0.0).unsqueeze(-1)).squeeze(-1).real
+    _require_limit(torch.linalg.eigvalsh(overlap)[..., :1] < PARALLEL**2, "drift along a straight line")
+    # By left eigenvectors, since those of the modes that die out need not be independent.
+    values, vectors = eig(transition.mT)
+    left = torch.where(((values - 1).abs() <= ON_CIRCLE).unsqueeze(-2), vectors, 0.0).mT
+    weights = torch.linalg.pinv(left @ kept) @ left @ start.to(kept.dtype).unsqueeze(-1)
+    return (kept @ weights).squeeze(-1).real
 
 
-def require_none(bad: Bool[Tensor, "*batch n"], what: str) -> None:
-    """Refuse an infinite horizon, naming the patches for which it does not exist."""
+def _require_limit(bad: Tensor, what: str) -> None:
     patches = bad.any(dim=-1)
     if bool(patches.any()):
         raise ValueError(
-            f"horizon inf has no limit: patches {name_patches(patches)} {what}; pass a finite horizon, or max_modulus below 1"
+            f"horizon is inf, but {what} in {name_patches(patches)} has no limit; "
+            "pass a finite horizon, or max_modulus below 1"
         )
 
 
 def name_patches(bad: Bool[Tensor, "*batch"]) -> str:
-    """The first few indices of the marked patches, as one would write them in an index."""
+    """The first few marked patches by index, for messages.
+
+    >>> name_patches(torch.tensor([True, False, True]))
+    'patches 0, 2'
+    """
+    if bad.dim() == 0:
+        return "the only patch"
     found = bad.nonzero().tolist()
-    shown = ", ".join(str(tuple(index)) if len(index) != 1 else str(index[0]) for index in found[:5])
-    return "(the only one)" if bad.dim() == 0 else shown + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    shown = ", ".join(str(index[0]) if len(index) == 1 else str(tuple(index)) for index in found[:5])
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return f"{'patch' if len(found) == 1 else 'patches'} {shown}{more}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,27 +19,31 @@ if TYPE_CHECKING:
     from jaxtyping import Complex, Float, Int
     from torch import Tensor
 
+FARTHEST = 2**62  # whole horizons are 64-bit integers to torch
+
 
 @dataclass(frozen=True, eq=False)
 class Operator:
     """Koopman operators, one a patch, as :func:`koopt.fit` returns them.
 
-    An operator of rank r acts on r coordinates of a state, ``z = basis^T (x - mean)``: ``z' = transition z``, and the
-    state one step on is ``image z``. In state form the columns of `basis` and `image` are states; in snapshot form
-    they are coefficients over the recorded snapshots, and no matrix as large as a state is held.
+    An operator of rank r acts on r coordinates of a state, ``z = basis^T x``: ``z' = transition z``, and the state one
+    step on is ``image z``. In state form the columns of `basis` and `image` are states; in snapshot form they are
+    coefficients over the recorded snapshots, and no matrix as large as a state is held.
 
     Attributes:
         snapshots: `(*batch, time, state)`, what the operator was fitted to, held by reference.
         transition: `(*batch, r, r)` float64; with ``center`` the last coordinate is the constant 1 of the affine map.
         start: `(*batch, r)` float64, coordinates of the last snapshot (of the last increment with ``difference``).
-        basis: `(*batch, state or time, r)` float64, the leading left singular directions that were kept.
+        basis: `(*batch, state or time, r)` float64, the leading left singular directions that were kept; with
+            ``center`` the last column is the mean that is removed before the coordinates are taken.
         image: `(*batch, state or time, r)` float64, what one step makes of them.
-        mean: `(*batch, state)` float64, removed before the coordinates are taken, or None without ``center``.
         rank: `(*batch)` int64, how many singular values each patch kept.
-        residual: `(*batch)` float64, ``|B - U A| / |B|`` in Frobenius norm over the fitted pairs of snapshots (of
-            increments with ``difference``); resolved to about 1e-8 where a Gram matrix served.
+        residual: `(*batch)` float64, ``|B - U A| / |B|`` in Frobenius norm over the fitted pairs of snapshots: of
+            increments with ``difference``, less the mean of the earlier ones with ``center``; resolved to about 1e-8
+            where a Gram matrix served.
         snapshot_form: whether the operator lives in the span of the snapshots.
         projected: as given to :func:`koopt.fit`.
+        center: as given to :func:`koopt.fit`.
         difference: as given to :func:`koopt.fit`.
     """
 
@@ -46,11 +52,11 @@ class Operator:
     start: Float[Tensor, "*batch r"]
     basis: Float[Tensor, "*batch frame r"]
     image: Float[Tensor, "*batch frame r"]
-    mean: Float[Tensor, "*batch state"] | None
     rank: Int[Tensor, "*batch"]
     residual: Float[Tensor, "*batch"]
     snapshot_form: bool
     projected: bool
+    center: bool
     difference: bool
 
     def forecast(self, horizon: float, max_modulus: float | None = None) -> Float[Tensor, "*batch state"]:
@@ -58,14 +64,17 @@ class Operator:
 
         Args:
             horizon: snapshot steps >= 0. Whole numbers go by powers (valid for defective operators), others by the
-                principal branch, between 0 and 1 along a straight line; ``math.inf`` is the fixed point.
+                principal branch (along a straight line below 1, and where the eigenvectors do not carry the state);
+                ``math.inf`` is the fixed point.
             max_modulus: eigenvalues beyond this modulus are drawn in to it; None leaves them as they are.
 
         Returns:
             `(*batch, state)` in the dtype of the snapshots. A growing operator may overflow at a far horizon.
 
         Raises:
-            ValueError: if the horizon is negative or NaN, or is infinite and a patch grows, turns or drifts for ever.
+            TypeError: if the horizon is no number.
+            ValueError: if the horizon is negative or NaN, or is infinite and a patch grows, turns or drifts for ever,
+                or `max_modulus` is not positive.
 
         Source: Dogra & Redman (2020), Eq. 6 and Algorithm 1.
 
@@ -73,20 +82,20 @@ class Operator:
         >>> koopt.fit(halving).forecast(2)
         tensor([0.5000])
         """
-        frame = self._frame_forecast(horizon, max_modulus, self._now)
-        return frame.to(self.snapshots.dtype) if not self.snapshot_form else linalg.combine(frame, self.snapshots)
+        return self._state(self._frame_forecast(horizon, max_modulus), self.snapshots.dtype)
 
     def advance(self, state: Float[Tensor, "*batch state"], horizon: float) -> Float[Tensor, "*batch state"]:
         """Apply the operator to any state: ``forecast(a + b)`` is ``advance(forecast(a), b)`` for whole a and b.
 
         Args:
-            state: `(*batch, state)`, floating point, one state a patch.
+            state: `(*batch, state)`, real floating point, one state a patch.
             horizon: snapshot steps, as in :meth:`forecast`.
 
         Returns:
             `(*batch, state)` in the dtype of `state`.
 
         Raises:
+            TypeError: if `state` is not a real floating-point tensor.
             ValueError: if the shape is not the patches', the horizon is refused by :meth:`forecast`, or the operator
                 was fitted with ``difference=True``: it acts on increments, and a state alone has none.
 
@@ -101,20 +110,23 @@ class Operator:
                 "advance: this operator acts on increments (difference=True) and a state alone has none; "
                 "fit with difference=False, or fit snapshots.diff(dim=-2) and advance an increment"
             )
-        shape = self.snapshots[..., -1, :].shape
-        if state.shape != shape:
+        _require_real(state, "state", "(*batch, state)")
+        last = self.snapshots[..., -1, :]
+        if state.shape != last.shape:
             raise ValueError(
-                f"state has shape {tuple(state.shape)}, the patches {tuple(shape)}; pass one state a patch"
+                f"state has shape {tuple(state.shape)}, the patches {tuple(last.shape)}; pass one state a patch"
             )
-        exact = state.to(torch.float64)
-        coordinates = self._coordinates(exact)
+        exact = state.detach().to(torch.float64)
+        away = exact - last  # a short way, so that the many digits of the last snapshot's coordinates are kept
+        coordinates = _matvec(self.basis.mT, linalg.inner(self.snapshots, away) if self.snapshot_form else away)
+        if self.center:
+            coordinates[..., -1] = 0.0
+        coordinates += self.start
 
-        def lifted(columns: Tensor, z: Tensor) -> Tensor:
-            frame = _matvec(columns, z)
-            return linalg.combine(frame, self.snapshots.to(torch.float64)) if self.snapshot_form else frame
+        def step(n: float) -> Tensor:
+            return self._state(_matvec(self.image, linalg.evolve(self.transition, coordinates, n - 1)), torch.float64)
 
-        now = lifted(self.basis, coordinates) if self.projected else exact
-        step = lambda n: lifted(self.image, linalg.evolve(self.transition, coordinates, n - 1))  # noqa: E731
+        now = self._state(_matvec(self.basis, coordinates), torch.float64) if self.projected else exact
         return _at(horizon, now, step).to(state.dtype)
 
     def coefficients(self, horizon: float, max_modulus: float | None = None) -> Float[Tensor, "*batch time"]:
@@ -136,9 +148,10 @@ class Operator:
         """
         if not self.snapshot_form:
             raise ValueError(
-                "coefficients: this operator is in state form (patches no larger than the window is long); use forecast()"
+                "coefficients: this operator is in state form (patches no larger than the window is long); "
+                "use forecast()"
             )
-        return self._frame_forecast(horizon, max_modulus, self._now)
+        return self._frame_forecast(horizon, max_modulus)
 
     @property
     def eigenvalues(self) -> Complex[Tensor, "*batch r"]:
@@ -181,7 +194,7 @@ class Operator:
         live = values.abs() > linalg.EPS * values.abs()[..., :1]
         modes = self.image.to(vectors.dtype) @ vectors
         if self.snapshot_form:
-            modes = self.snapshots.to(modes.dtype).mT @ modes
+            modes = linalg.combine_columns(modes, self.snapshots)
         norms = modes.norm(dim=-2)
         live = live & (norms > 0)
         modes = torch.where(live.unsqueeze(-2), modes / norms.unsqueeze(-2), 0.0)
@@ -200,8 +213,13 @@ class Operator:
         last[..., -1] = 1.0
         return last
 
-    def _frame_forecast(self, horizon: float, max_modulus: float | None, now: Tensor) -> Tensor:
+    def _state(self, frame: Tensor, dtype: torch.dtype) -> Tensor:
+        """The state that a frame vector stands for."""
+        return linalg.combine(frame, self.snapshots, dtype) if self.snapshot_form else frame.to(dtype)
+
+    def _frame_forecast(self, horizon: float, max_modulus: float | None) -> Tensor:
         """The forecast as a state or as coefficients, by the form of the operator."""
+        now = self._now
         transition, start = self.transition, self.start
         if max_modulus is not None:
             transition, start = self._clamped(max_modulus)
@@ -220,26 +238,17 @@ class Operator:
         return _at(horizon, now, step)
 
     def _clamped(self, max_modulus: float) -> tuple[Tensor, Tensor]:
-        if not max_modulus > 0:
+        if not isinstance(max_modulus, Real) or not max_modulus > 0:
             raise ValueError(
-                f"max_modulus is {max_modulus}, expected a positive number; None leaves the eigenvalues alone"
+                f"max_modulus is {max_modulus!r}, expected a positive number; None leaves the eigenvalues alone"
             )
-        if self.mean is None:
-            return linalg.clamp_modulus(self.transition, self.start, max_modulus)
-        # the constant of an affine map stays: only the linear part is clamped
-        linear, first = linalg.clamp_modulus(self.transition[..., :-1, :-1], self.start[..., :-1], max_modulus)
-        transition, start = self.transition.clone(), self.start.clone()
-        transition[..., :-1, :-1], start[..., :-1] = linear, first
-        return transition, start
-
-    def _coordinates(self, state: Tensor) -> Tensor:
-        frame = state if self.mean is None else state - self.mean
-        if self.snapshot_form:
-            frame = _matvec(self.snapshots.to(torch.float64), frame)
-        coordinates = _matvec(self.basis.mT, frame)
-        if self.mean is not None:
-            coordinates[..., -1] = 1.0
-        return coordinates
+        if not self.center:
+            factor = linalg.clamping_factor(self.transition, max_modulus)
+        else:  # the constant of an affine map stays
+            factor = pad(linalg.clamping_factor(self.transition[..., :-1, :-1], max_modulus), (0, 1, 0, 1))
+            factor[..., -1, -1] = 1.0
+        # on the start too, since the image is one more step of the operator
+        return factor @ self.transition, _matvec(factor, self.start)
 
 
 def fit(
@@ -259,9 +268,11 @@ def fit(
         snapshots: `(*batch, time, state)`, real floating point, evenly spaced in time, at least two (three with
             `difference`). The algebra is done in float64 whatever their dtype.
         rank: largest number of singular values to keep; None keeps all above `rtol`.
-        rtol: singular values up to this share of a patch's largest are cut; default: eps of the snapshots' dtype
-            times max(time, state).
-        projected: project states and images on the kept directions (projected DMD), which removes noise.
+        rtol: singular values up to this share (and up to eps of float64) of a patch's largest are cut; default: eps of
+            the snapshots' dtype times max(time, state), at most its square root, and with `center` or `difference`
+            also those within the rounding of the snapshots themselves.
+        projected: project states (with `difference`: increments) and images on the kept directions (projected DMD),
+            which removes noise.
         center: fit the affine map ``x' = mean(B) + U (x - mean(A))``.
         difference: fit the increments ``x_{i+1} - x_i`` and forecast by summing them up.
 
@@ -270,7 +281,8 @@ def fit(
 
     Raises:
         TypeError: if `snapshots` is not a real floating-point tensor.
-        ValueError: if there are too few snapshots, NaN or Inf in a patch (named by index), or an option is out of range.
+        ValueError: if there are too few snapshots, NaN or Inf in a patch (named by index), or an option is out of
+            range.
 
     Source: Dogra & Redman (2020), Eq. 5 and Algorithm 1, with the pseudo-inverse that exists for any shape; Schmid
     (2010) and Tu et al. (2014) for the two forms.
@@ -299,62 +311,63 @@ def fit_in_form(
     center: bool = False,
     difference: bool = False,
 ) -> Operator:
-    """:func:`koopt.fit` in the form asked for, whatever the shape; None chooses by it."""
+    """:func:`koopt.fit` in the form asked for, whatever the shape; None chooses by it.
+
+    >>> fit_in_form(torch.tensor([[8.0], [4.0], [2.0]]), snapshot_form=True).coefficients(1).shape
+    torch.Size([3])
+    """
     _check(snapshots, rank, rtol, difference)
     snapshots = snapshots.detach()
     *batch, time, state = snapshots.shape
-    if snapshot_form is None:
-        snapshot_form = state > time
-    data = (snapshots.diff(dim=-2) if difference else snapshots).reshape(-1, time - difference, state)
-    mean = None
-    if center:
-        mean = data[:, :-1].mean(dim=-2, dtype=torch.float64)
-        data = data.to(torch.float64) - mean.unsqueeze(-2)
+    pairs = time - difference - 1
     options = _Options(
-        rank=min(state, data.shape[-2] - 1) if rank is None else min(rank, state, data.shape[-2] - 1),
-        rtol=torch.finfo(snapshots.dtype).eps * max(time, state) if rtol is None else rtol,
-        snapshot_form=snapshot_form,
-        affine=center,
+        rank=min(state, pairs) if rank is None else min(rank, state, pairs),
+        rtol=rtol,
+        snapshot_form=state > time if snapshot_form is None else snapshot_form,
         projected=projected,
+        center=center,
+        difference=difference,
+        batch=tuple(batch),
     )
-
+    data = snapshots.reshape(-1, time, state)
     with torch.no_grad():
-        if rank is not None and 2 * (options.rank + linalg.OVERSAMPLING) <= min(state, data.shape[-2] - 1):
+        if rank is not None and 2 * (options.rank + linalg.OVERSAMPLING) <= min(state, pairs):
             fitted = _fit_from_gram(data, options)
         else:
             fitted = _fit_from_svd(data, options)
-    basis, image = fitted.basis, fitted.image
-    if snapshot_form and difference:
-        basis, image = (pad(c, (0, 0, 1, 0)) - pad(c, (0, 0, 0, 1)) for c in (basis, image))
-    if mean is not None and not snapshot_form:
-        basis, image = basis.clone(), image.clone()
-        basis[..., -1] += mean
-        image[..., -1] += mean
-
-    def shaped(tensor: Tensor) -> Tensor:
-        return tensor.reshape((*batch, *tensor.shape[1:]))
-
     return Operator(
         snapshots=snapshots,
-        transition=shaped(fitted.transition),
-        start=shaped(fitted.start),
-        basis=shaped(basis),
-        image=shaped(image),
-        mean=None if mean is None else shaped(mean),
-        rank=shaped(fitted.rank),
-        residual=shaped(fitted.residual),
-        snapshot_form=snapshot_form,
+        **{name: tensor.reshape((*batch, *tensor.shape[1:])) for name, tensor in fitted._asdict().items()},
+        snapshot_form=options.snapshot_form,
         projected=projected,
+        center=center,
         difference=difference,
     )
 
 
 class _Options(NamedTuple):
     rank: int
-    rtol: float
+    rtol: float | None
     snapshot_form: bool
-    affine: bool
     projected: bool
+    center: bool
+    difference: bool
+    batch: tuple[int, ...]
+
+    def prepare(self, rows: Tensor) -> Tensor:
+        """What is fitted: increments with `difference`, around the mean of the earlier ones with `center`."""
+        rows = rows.diff(dim=-2) if self.difference else rows
+        return rows - _earlier_mean(rows) if self.center else rows
+
+    def kept(self, values: Tensor, data: Tensor) -> Tensor:
+        """Which singular values of each patch are not cut."""
+        eps, largest = torch.finfo(data.dtype).eps, values[:, 0]
+        rtol = min(eps * max(data.shape[-2:]), eps**0.5) if self.rtol is None else self.rtol
+        cut = (max(rtol, linalg.EPS) * largest).clamp_min(linalg.SQUARABLE)
+        if self.rtol is None and (self.center or self.difference):
+            ends = data[:, [0, -1]].to(torch.float64).norm(dim=-1).amax(dim=-1)
+            cut = torch.maximum(cut, eps * data.shape[-2] ** 0.5 * ends)
+        return values > cut.unsqueeze(-1)
 
 
 class _Fit(NamedTuple):
@@ -366,162 +379,175 @@ class _Fit(NamedTuple):
     residual: Tensor  # (patches,)
 
 
-def _fit_from_svd(data: Tensor, options: _Options) -> _Fit:
-    """The operator from the singular value decomposition of the snapshots, or of their triangular factor."""
-    rows = linalg.triangular_factor(data) if options.snapshot_form else data.to(torch.float64)
-    _require_finite(rows.sum(dim=(-2, -1)), data)
+def _fit_from_svd(data: Tensor, options: _Options, width: int | None = None) -> _Fit:
+    """The operator from the singular value decomposition of the snapshots, or of their triangular factor.
+
+    It is as wide as the highest rank that a patch turns out to have, or `width`.
+    """
+    if options.snapshot_form:
+        rows = linalg.triangular_factor(data, options.prepare)
+    else:
+        rows = options.prepare(data.to(torch.float64))
+    _require_finite(rows.square().sum(dim=(-2, -1)), data, options)
     left, values, directions = linalg.thin_svd(rows[:, :-1])
     values = values[:, : options.rank]
-    kept = _kept(values, options)
-    width = max(1, int(kept.sum(dim=-1).max())) if len(kept) else 1  # columns that no patch keeps are not carried along
+    kept = options.kept(values, data)
+    if width is None:
+        width = max(1, int(kept.sum(dim=-1).max())) if len(kept) else 1
     kept, values, directions = kept[:, :width], values[:, :width], directions[..., :width] * kept[:, None, :width]
     gain = left[..., :width] * (kept / torch.where(kept, values, 1.0)).unsqueeze(-2)
-    coordinates = directions.mT @ rows.mT
-    return _assemble(gain, coordinates, kept, options, None if options.snapshot_form else directions, rows)
+    return _assemble(gain, directions.mT @ rows.mT, kept, data, options, rows=rows, directions=directions)
 
 
 def _fit_from_gram(data: Tensor, options: _Options) -> _Fit:
     """The same from a Gram matrix and its leading eigenvectors, where these resolve the rank; else from the SVD."""
-    rows = None if options.snapshot_form else data.to(torch.float64)
-    squared = linalg.gram(data) if rows is None else rows[:, :-1].mT @ rows[:, :-1]
-    _require_finite(squared.diagonal(dim1=-2, dim2=-1).sum(dim=-1) + data[:, -1].sum(dim=-1), data)
-    squares, vectors, settled = linalg.leading_eigenvectors(
-        squared[:, :-1, :-1] if rows is None else squared, options.rank
-    )
-    values = squares.clamp_min(0.0).sqrt()
-    kept = _kept(values, options)
-    inverse = kept / torch.where(kept, values, 1.0)
-    if rows is None:
-        gain = vectors * inverse.unsqueeze(-2)
-        fitted = _assemble(gain, gain.mT @ squared[:, :-1], kept, options, squared=squared)
+    rows = squared = directions = None
+    if options.snapshot_form:
+        squared = linalg.gram(data, options.prepare)
+        total, earlier = squared.diagonal(dim1=-2, dim2=-1).sum(dim=-1), squared[:, :-1, :-1]
     else:
+        rows = options.prepare(data.to(torch.float64))
+        total, earlier = rows.square().sum(dim=(-2, -1)), rows[:, :-1].mT @ rows[:, :-1]
+    _require_finite(total, data, options)
+    squares, vectors, settled = linalg.leading_eigenvectors(earlier, options.rank)
+    values = squares.clamp_min(0.0).sqrt()
+    kept = options.kept(values, data)
+    inverse = (kept / torch.where(kept, values, 1.0)).unsqueeze(-2)
+    if squared is not None:
+        gain = vectors * inverse
+        coordinates = gain.mT @ squared[:, :-1]
+    else:
+        assert rows is not None
         directions = vectors * kept.unsqueeze(-2)
         coordinates = directions.mT @ rows.mT
-        gain = coordinates[..., :-1].mT * inverse.square().unsqueeze(-2)
-        fitted = _assemble(gain, coordinates, kept, options, directions, rows, squared)
+        gain = coordinates[..., :-1].mT * inverse.square()
+    fitted = _assemble(gain, coordinates, kept, data, options, rows=rows, directions=directions, squared=squared)
     if bool(settled.all()):
         return fitted
     missed = (~settled).nonzero().squeeze(-1)
-    exact = _fit_from_svd(data[missed], options)
-    return _Fit(*(_replaced(old, missed, new) for old, new in zip(fitted, exact, strict=True)))
+    exact = _fit_from_svd(data[missed], options, width=options.rank)
+    return _Fit(*(old.index_copy(0, missed, new) for old, new in zip(fitted, exact, strict=True)))
 
 
 def _assemble(
     gain: Tensor,
     coordinates: Tensor,
     kept: Tensor,
+    data: Tensor,
     options: _Options,
-    directions: Tensor | None = None,
-    rows: Tensor | None = None,
+    rows: Tensor | None,
+    directions: Tensor | None,
     squared: Tensor | None = None,
 ) -> _Fit:
     """Put the operator together.
 
-    `gain` `(patches, time - 1, r)` maps later snapshots to the image, `coordinates` `(patches, r, time)` are the
-    snapshots along the kept directions; `directions` where the form is of states, and the data or their Gram matrix.
+    `gain` `(patches, pairs, r)` maps the later rows to the image, `coordinates` `(patches, r, pairs + 1)` are the rows
+    along the kept `directions` `(patches, columns, r)`. The rows are the prepared data, or their triangular factor, or
+    known by their Gram matrix `squared` alone.
     """
-    later = None if directions is None or rows is None else rows[:, 1:].mT
-    basis = pad(gain, (0, 0, 0, 1)) if directions is None else directions
-    image = pad(gain, (0, 0, 1, 0)) if later is None else later @ gain
-    transition = coordinates[..., 1:] @ gain
-    if options.affine:
-        drift = coordinates[..., 1:].mean(dim=-1, keepdim=True)
-        transition = pad(torch.cat([transition, drift], dim=-1), (0, 0, 0, 1))
-        transition[..., -1, -1] = 1.0
+    if options.center:
+        even = torch.full_like(gain[..., :1], 1.0 / gain.shape[-2])
+        gain = torch.cat([gain - gain.mean(dim=-2, keepdim=True), even], dim=-1)
         coordinates = pad(coordinates, (0, 0, 0, 1), value=1.0)
-        if later is None:
-            even = torch.full_like(gain[..., :1], 1.0 / gain.shape[-2])
-            centered = gain - gain.mean(dim=-2, keepdim=True)
-            basis = pad(torch.cat([centered, even], dim=-1), (0, 0, 0, 1))
-            image = pad(torch.cat([centered, even], dim=-1), (0, 0, 1, 0))
-        else:
-            basis = pad(basis, (0, 1))
-            image = torch.cat([image, later.mean(dim=-1, keepdim=True)], dim=-1)
+    transition = coordinates[..., 1:] @ gain
+    if options.snapshot_form:
+        basis, image = pad(gain, (0, 0, 0, 1)), pad(gain, (0, 0, 1, 0))
+    else:
+        assert rows is not None
+        assert directions is not None
+        basis, image = pad(directions, (0, options.center)), rows[:, 1:].mT @ gain
+    if options.center:
+        transition[..., -1, :-1], transition[..., -1, -1] = 0.0, 1.0
     if options.projected:
         image = basis @ transition
-    if later is not None and squared is not None:
-        z = coordinates[..., :-1]
-        power = (
-            squared.diagonal(dim1=-2, dim2=-1).sum(dim=-1) - rows[:, 0].square().sum(-1) + rows[:, -1].square().sum(-1)
-        )
-        error = (
-            power - 2 * (image * (later @ z.mT)).sum(dim=(-2, -1)) + ((image.mT @ image) * (z @ z.mT)).sum(dim=(-2, -1))
-        )
-        size, error = power.sqrt(), error.clamp_min(0).sqrt()
-    elif later is not None:
-        predicted = image @ coordinates[..., :-1]
-        size, error = later.norm(dim=(-2, -1)), (later - predicted).norm(dim=(-2, -1))
+    if squared is not None:
+        residual = _residual_from_gram(squared, image, coordinates)
     else:
-        predicted = image @ coordinates[..., :-1]
-        miss = -predicted  # as coefficients over the snapshots, like the later snapshots themselves
-        miss[..., 1:, :] += torch.eye(miss.shape[-1], dtype=miss.dtype, device=miss.device)
-        if rows is not None:
-            size, error = rows[:, 1:].norm(dim=(-2, -1)), (rows.mT @ miss).norm(dim=(-2, -1))
-        else:
-            assert squared is not None
-            size = squared.diagonal(dim1=-2, dim2=-1)[:, 1:].sum(dim=-1).sqrt()
-            error = (miss * (squared @ miss)).sum(dim=(-2, -1)).clamp_min(0.0).sqrt()
-    residual = torch.where(size > 0, error / size, error)
+        assert rows is not None
+        residual = _residual(rows, rows.mT @ image if options.snapshot_form else image, coordinates)
+    if options.snapshot_form and options.difference:  # from coefficients over increments to those over snapshots
+        basis, image = (pad(c, (0, 0, 1, 0)) - pad(c, (0, 0, 0, 1)) for c in (basis, image))
+    if options.center and not options.snapshot_form:
+        exact = data.to(torch.float64)
+        mean = _earlier_mean(exact.diff(dim=-2) if options.difference else exact)[:, 0]
+        basis[..., -1] += mean
+        image[..., -1] += mean
     return _Fit(transition, coordinates[..., -1], basis, image, kept.sum(dim=-1), residual)
 
 
-def _kept(values: Tensor, options: _Options) -> Tensor:
-    return (values > options.rtol * values[:, :1]) & (values > 0)
+def _residual(rows: Tensor, image: Tensor, coordinates: Tensor) -> Tensor:
+    """``|B - U A| / |B|`` with the image in the frame of the rows."""
+    size = rows[:, 1:].norm(dim=(-2, -1))
+    error = (rows[:, 1:] - (image @ coordinates[..., :-1]).mT).norm(dim=(-2, -1))
+    return torch.where(size > 0, error / size, error)
 
 
-def _replaced(tensor: Tensor, where: Tensor, new: Tensor) -> Tensor:
-    """`tensor` with the patches `where` replaced by `new`, whose rank may be lower."""
-    for dim in range(1, tensor.dim()):
-        if new.shape[dim] < tensor.shape[dim]:
-            shape = list(new.shape)
-            shape[dim] = tensor.shape[dim] - new.shape[dim]
-            new = torch.cat([new, new.new_zeros(shape)], dim=dim)
-    return tensor.index_copy(0, where, new)
+def _residual_from_gram(squared: Tensor, image: Tensor, coordinates: Tensor) -> Tensor:
+    """The same with the image as coefficients over the rows, whose Gram matrix is known."""
+    miss = -(image @ coordinates[..., :-1])
+    miss[..., 1:, :] += torch.eye(miss.shape[-1], dtype=miss.dtype, device=miss.device)
+    size = squared.diagonal(dim1=-2, dim2=-1)[:, 1:].sum(dim=-1).sqrt()
+    error = (miss * (squared @ miss)).sum(dim=(-2, -1)).clamp_min(0.0).sqrt()
+    return torch.where(size > 0, error / size, error)
+
+
+def _earlier_mean(rows: Tensor) -> Tensor:
+    """The mean of all but the last row, exact where the rows do not move."""
+    last = rows[..., -1:, :]
+    return last + (rows[..., :-1, :] - last).mean(dim=-2, keepdim=True)
 
 
 def _at(horizon: float, now: Tensor, step: Callable[[float], Tensor]) -> Tensor:
     """`now` at 0, ``step(horizon)`` from 1 on, and a straight line between."""
-    if isinstance(horizon, bool) or not isinstance(horizon, (int, float)):
-        raise TypeError(f"horizon is {type(horizon).__name__}, expected an int or a float: snapshot steps, or math.inf")
-    if not horizon >= 0:
-        raise ValueError(f"horizon is {horizon}, expected snapshot steps >= 0 after the last snapshot")
+    if isinstance(horizon, bool) or not isinstance(horizon, Real):
+        raise TypeError(f"horizon is {horizon!r}, expected a number of snapshot steps, or math.inf")
+    if not horizon >= 0 or FARTHEST <= horizon < math.inf:
+        raise ValueError(
+            f"horizon is {horizon}, expected 0 to 2^62 snapshot steps after the last snapshot, or math.inf"
+        )
     if horizon == 0:
         return now.clone()
-    return now + horizon * (step(1) - now) if horizon < 1 else step(horizon)
+    if horizon < 1:
+        return now + float(horizon) * (step(1) - now)
+    return step(float(horizon)) if horizon % 1 or math.isinf(horizon) else step(int(horizon))
 
 
 def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
+def _require_real(tensor: object, name: str, shape: str) -> None:
+    if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+        return
+    given = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+    raise TypeError(f"{name}: expected a real floating-point tensor {shape}, got {given}; convert it first")
+
+
 def _check(snapshots: Tensor, rank: int | None, rtol: float | None, difference: bool) -> None:
-    if not isinstance(snapshots, torch.Tensor) or not snapshots.is_floating_point():
-        given = snapshots.dtype if isinstance(snapshots, torch.Tensor) else type(snapshots).__name__
-        raise TypeError(
-            f"snapshots: expected a real floating-point tensor (*batch, time, state), got {given}; convert it first"
-        )
+    _require_real(snapshots, "snapshots", "(*batch, time, state)")
     least = 3 if difference else 2
     if snapshots.dim() < 2 or snapshots.shape[-2] < least or snapshots.shape[-1] < 1:
         raise ValueError(
             f"snapshots has shape {tuple(snapshots.shape)}, expected (*batch, time, state) with time >= {least}"
             f"{' for difference=True' if difference else ''} and state >= 1; record more snapshots"
         )
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1):
         raise ValueError(f"rank is {rank!r}, expected a whole number >= 1, or None for all singular values above rtol")
-    if rtol is not None and not 0 <= rtol < 1:
-        raise ValueError(f"rtol is {rtol}, expected 0 <= rtol < 1: a share of the largest singular value")
+    if rtol is not None and (not isinstance(rtol, Real) or not 0 <= rtol < 1):
+        raise ValueError(
+            f"rtol is {rtol!r}, expected 0 <= rtol < 1, a share of the largest singular value, or None for the default"
+        )
 
 
-def _require_finite(total: Tensor, data: Tensor) -> None:
-    """`total` is a sum over each patch's data that NaN and Inf do not leave finite; the data are searched only then."""
+def _require_finite(total: Tensor, data: Tensor, options: _Options) -> None:
+    """`total` is a sum of squares over each patch; the data themselves are searched only where it is not finite."""
     if bool(total.isfinite().all()):
         return
     bad = ~data.isfinite().all(dim=-1).all(dim=-1)
     if not bool(bad.any()):
-        raise ValueError("snapshots are too large to square in float64; divide them by a constant and fit again")
-    raise ValueError(
-        f"snapshots: NaN or Inf in patch {linalg.name_patches(bad)}; drop these snapshots or these patches"
-    )
+        raise ValueError("snapshots: too large to square in float64; divide them by a constant and fit again")
+    where = linalg.name_patches(bad.reshape(options.batch))
+    raise ValueError(f"snapshots: NaN or Inf in {where}; drop these snapshots or these patches")
 
 
 def algorithm_1(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -21,7 +24,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Partition:
     """A model's trainable weights cut into patches, as :func:`koopt.partition` returns it.
 
@@ -30,17 +33,33 @@ class Partition:
     Attributes:
         names: the parameters, as in ``model.named_parameters()``; tied weights once, frozen ones left out.
         shapes: their shapes.
-        indices: one int64 tensor `(patches, state)` a patch size, by rising size: which weights make up each patch.
+        groups: `(patches, state)` of each patch size, by rising size.
+        places: where each group's weights stand, patch by patch: a slice where they are consecutive, which costs no
+            memory, else their numbers, one int64 tensor `(patches * state,)`.
     """
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
-    indices: tuple[Tensor, ...]
+    groups: tuple[tuple[int, int], ...]
+    places: tuple[slice | Tensor, ...]
 
     @property
     def size(self) -> int:
         """The number of weights."""
         return sum(shape.numel() for shape in self.shapes)
+
+    @property
+    def indices(self) -> tuple[Tensor, ...]:
+        """Which weights make up each patch: their numbers, one int64 tensor `(patches, state)` a patch size.
+
+        >>> koopt.partition(nn.Linear(2, 2)).indices
+        (tensor([[0, 1, 4],
+                [2, 3, 5]]),)
+        """
+        return tuple(
+            (torch.arange(place.start, place.stop, device="cpu") if isinstance(place, slice) else place).reshape(group)
+            for group, place in zip(self.groups, self.places, strict=True)
+        )
 
     def gather(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
         """Collect weights into patches.
@@ -69,7 +88,8 @@ class Partition:
             patches: as :meth:`gather` returns them.
 
         Returns:
-            Weights by name, each `(*lead, *shape)`.
+            Weights by name, each `(*lead, *shape)`; they share memory with each other, and with the patches where these
+            are the weights in order, as for "network".
 
         Raises:
             ValueError: if the number of patches or their shapes do not fit.
@@ -82,21 +102,29 @@ class Partition:
 
     def flatten(self, weights: Mapping[str, Tensor]) -> Tensor:
         """All weights as one tensor `(*lead, size)`; arguments and errors as :meth:`gather`."""
-        pieces = []
+        pieces, first = [], None
         for name, shape in zip(self.names, self.shapes, strict=True):
             if name not in weights:
                 raise KeyError(f"weights: {name!r} is missing; pass every one of the partition's names")
             tensor = weights[name].detach()
-            lead = tensor.shape[: tensor.dim() - len(shape)]
-            if tensor.shape != lead + shape or (pieces and pieces[0].shape[:-1] != lead):
+            lead = tensor.shape[: max(0, tensor.dim() - len(shape))]
+            first = lead if first is None else first
+            if tensor.shape != lead + shape or lead != first:
                 raise ValueError(
-                    f"weights[{name!r}] has shape {tuple(tensor.shape)}, expected (*lead, {', '.join(map(str, shape))})"
+                    f"weights[{name!r}] has shape {tuple(tensor.shape)}, expected {(*first, *shape)}: the parameter's "
+                    f"shape after the same leading axes in all"
                 )
-            pieces.append(tensor.reshape(*lead, -1) if shape else tensor.unsqueeze(-1))
+            pieces.append(tensor.reshape(*lead, shape.numel()))
         return torch.cat(pieces, dim=-1)
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
-        """The inverse of :meth:`flatten`: views into `flat`."""
+        """The inverse of :meth:`flatten`: views into `flat`.
+
+        >>> koopt.partition(nn.Linear(2, 1)).unflatten(torch.tensor([1.0, 2.0, 3.0]))
+        {'weight': tensor([[1., 2.]]), 'bias': tensor([3.])}
+        """
+        if flat.shape[-1:] != (self.size,):
+            raise ValueError(f"flat has shape {tuple(flat.shape)}, expected (*lead, {self.size}): what flatten gives")
         lead = flat.shape[:-1]
         pieces = flat.split([shape.numel() for shape in self.shapes], dim=-1)
         return {
@@ -105,41 +133,69 @@ class Partition:
         }
 
     def gather_flat(self, flat: Tensor) -> list[Tensor]:
-        """:meth:`gather` from the tensor `(*lead, size)` that :meth:`flatten` makes; views where a patch is contiguous."""
-        lead = flat.shape[:-1]
+        """:meth:`gather` from the tensor `(*lead, size)` that :meth:`flatten` makes; views of consecutive groups.
+
+        >>> koopt.partition(nn.Linear(2, 2)).gather_flat(torch.arange(6.0))
+        [tensor([[0., 1., 4.],
+                [2., 3., 5.]])]
+        """
+        if flat.shape[-1:] != (self.size,):
+            raise ValueError(f"flat has shape {tuple(flat.shape)}, expected (*lead, {self.size}): what flatten gives")
         patches = []
-        for index in self.indices:
-            run = _run(index)
-            picked = flat[..., run] if run else flat.index_select(-1, index.reshape(-1).to(flat.device))
-            patches.append(picked.reshape(lead + index.shape))
+        for group, place in zip(self.groups, self.places, strict=True):
+            if isinstance(place, slice):
+                picked = flat.narrow(-1, place.start, place.stop - place.start)
+            else:
+                picked = flat.index_select(-1, place.to(flat.device))
+            patches.append(picked.reshape(flat.shape[:-1] + group))
         return patches
 
     def scatter_flat(self, patches: Sequence[Tensor]) -> Tensor:
-        """:meth:`scatter` into one tensor `(*lead, size)`."""
-        if len(patches) != len(self.indices):
+        """:meth:`scatter` into one tensor `(*lead, size)`, a view where the patches are already that.
+
+        >>> koopt.partition(nn.Linear(2, 2)).scatter_flat([torch.tensor([[0.0, 1.0, 4.0], [2.0, 3.0, 5.0]])])
+        tensor([0., 1., 2., 3., 4., 5.])
+        """
+        if len(patches) != len(self.groups):
             raise ValueError(
-                f"patches: got {len(patches)} tensors, this partition has {len(self.indices)} patch sizes; pass what gather gives"
+                f"patches: got {len(patches)} tensors, this partition has {len(self.groups)} patch sizes; pass what "
+                f"gather gives"
             )
         lead = patches[0].shape[:-2]
-        flat = patches[0].new_empty((*lead, self.size))
-        for index, patch in zip(self.indices, patches, strict=True):
-            if patch.shape != lead + index.shape:
+        for group, patch in zip(self.groups, patches, strict=True):
+            if patch.shape != lead + group:
                 raise ValueError(
-                    f"patches: got shape {tuple(patch.shape)}, expected (*lead, {index.shape[0]}, {index.shape[1]})"
+                    f"patches: got shape {tuple(patch.shape)}, expected {(*lead, *group)}; pass what gather gives"
                 )
-            run = _run(index)
-            values = patch.reshape(*lead, -1)
-            if run:
-                flat[..., run] = values
+        if len(self.places) == 1 and isinstance(self.places[0], slice):
+            return patches[0].flatten(-2)
+        flat = patches[0].new_empty((*lead, self.size))
+        for place, patch in zip(self.places, patches, strict=True):
+            values = patch.flatten(-2)
+            if isinstance(place, slice):
+                flat.narrow(-1, place.start, place.stop - place.start).copy_(values)
             else:
-                flat.index_copy_(-1, index.reshape(-1).to(flat.device), values)
+                flat.index_copy_(-1, place.to(flat.device), values)
         return flat
 
     def locate(self, group: int, patch: int) -> str:
-        """The parameters in one patch, for messages: ``locate(0, 3)`` is patch 3 of the smallest size."""
-        bounds = torch.tensor([shape.numel() for shape in self.shapes]).cumsum(0)
-        owners = torch.bucketize(self.indices[group][patch], bounds, right=True).unique().tolist()
+        """The parameters in one patch, for messages: ``locate(0, 3)`` is patch 3 of the smallest size.
+
+        >>> koopt.partition(nn.Linear(2, 2)).locate(0, 1)
+        'weight, bias'
+        """
+        bounds = torch.tensor([shape.numel() for shape in self.shapes], device="cpu").cumsum(0)
+        numbers = self.indices[group][patch].cpu()
+        owners = torch.bucketize(numbers, bounds, right=True).unique().tolist()
         return ", ".join(self.names[owner] for owner in owners[:4]) + (", ..." if len(owners) > 4 else "")
+
+    def to(self, device: torch.device | str) -> Partition:
+        """The same partition with its numbers on another device, so that gathering there copies none.
+
+        >>> koopt.partition(nn.Linear(2, 2)).to("cpu").groups
+        ((2, 3),)
+        """
+        return replace(self, places=tuple(p if isinstance(p, slice) else p.to(device) for p in self.places))
 
 
 def partition(model: nn.Module, by: str | Labels = "node", max_size: int | None = None) -> Partition:
@@ -157,44 +213,21 @@ def partition(model: nn.Module, by: str | Labels = "node", max_size: int | None 
         A :class:`koopt.Partition`.
 
     Raises:
-        ValueError: if `by` is unknown, a label's shape does not fit, `max_size` is below 1, a parameter is lazy or empty, or
-            nothing is trainable.
+        ValueError: if `by` is unknown, a label's shape does not fit, `max_size` is below 1, a parameter is
+            lazy or empty, or nothing is trainable.
 
     Source: Dogra & Redman (2020), Section 3 and S7: single-weight, node, quasi-node, layer and network operators.
 
-    >>> [tuple(index.shape) for index in koopt.partition(nn.Linear(4, 3)).indices]
-    [(3, 5)]
-    >>> [tuple(index.shape) for index in koopt.partition(nn.Linear(4, 3), max_size=3).indices]
-    [(3, 2), (3, 3)]
+    >>> koopt.partition(nn.Linear(4, 3)).groups
+    ((3, 5),)
+    >>> koopt.partition(nn.Linear(4, 3), max_size=3).groups
+    ((3, 2), (3, 3))
     """
-    if max_size is not None and (isinstance(max_size, bool) or not isinstance(max_size, int) or max_size < 1):
-        raise ValueError(f"max_size is {max_size!r}, expected a whole number >= 1, or None for whole patches")
-    parameters = _trainable(model)
-    if callable(by):
-        patches = _by_labels(parameters, by)
-    elif by == "weight":
-        patches = [torch.arange(sum(p.numel() for p in parameters.values())).unsqueeze(-1)]
-    elif by == "node":
-        patches = _by_node(model, parameters)
-    elif by in ("layer", "network"):
-        patches = _by_labels(parameters, lambda name, _: name.rpartition(".")[0] if by == "layer" else "")
-    else:
-        raise ValueError(
-            f'by is {by!r}, expected "weight", "node", "layer", "network", or a function (name, parameter) -> labels'
-        )
-    if max_size is not None:
-        patches = [piece for rows in patches for piece in rows.tensor_split(-(-rows.shape[1] // max_size), dim=1)]
-    sizes = defaultdict(list)
-    for rows in patches:
-        sizes[rows.shape[1]].append(rows)
-    return Partition(
-        names=tuple(parameters),
-        shapes=tuple(p.shape for p in parameters.values()),
-        indices=tuple(torch.cat(sizes[size]) for size in sorted(sizes)),
-    )
+    return partition_of(trainable(model), model, by, max_size)
 
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that :func:`koopt.partition` covers, by name; errors as there."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in parameters.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -203,102 +236,166 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
             )
         if parameter.numel() == 0:
             raise ValueError(
-                f"model: {name!r} is empty (shape {tuple(parameter.shape)}); freeze it (requires_grad=False) or remove it"
+                f"model: {name!r} is empty, of shape {tuple(parameter.shape)}; freeze it (requires_grad=False)"
             )
     if not parameters:
-        raise ValueError("model: no trainable parameter (all are frozen or there are none); nothing to partition")
+        raise ValueError(
+            "model: no trainable parameter (all are frozen or there are none); unfreeze what is to be moved"
+        )
     return parameters
+
+
+def partition_of(
+    parameters: Mapping[str, nn.Parameter], model: nn.Module, by: str | Labels = "node", max_size: int | None = None
+) -> Partition:
+    """:func:`koopt.partition` of these parameters of the model, whether or not they are trainable now."""
+    if max_size is not None and (isinstance(max_size, bool) or not isinstance(max_size, int) or max_size < 1):
+        raise ValueError(f"max_size is {max_size!r}, expected a whole number >= 1, or None for whole patches")
+    names, shapes = tuple(parameters), tuple(p.shape for p in parameters.values())
+    size = sum(shape.numel() for shape in shapes)
+    if by == "weight" or (by == "network" and max_size is None):  # needs no numbers, which outgrow a large model
+        return Partition(names, shapes, ((size, 1) if by == "weight" else (1, size),), (slice(0, size),))
+    if callable(by):
+        patches = _by_labels({name: by(name, p) for name, p in parameters.items()}, parameters)
+    elif by == "node":
+        patches = _by_node(parameters, model)
+    elif by in ("layer", "network"):
+        patches = _by_labels({name: _module_of(name) if by == "layer" else "" for name in names}, parameters)
+    else:
+        raise ValueError(
+            f'by is {by!r}, expected "weight", "node", "layer", "network", or a function (name, parameter) -> labels'
+        )
+    if max_size is not None:
+        patches = [piece for rows in patches for piece in rows.tensor_split(-(-rows.shape[1] // max_size), dim=1)]
+    by_size = defaultdict(list)
+    for rows in patches:
+        by_size[rows.shape[1]].append(rows)
+    groups = [torch.cat(by_size[size]) for size in sorted(by_size)]
+    places = tuple(_place(rows.flatten()) for rows in groups)
+    return Partition(names, shapes, tuple((len(rows), rows.shape[1]) for rows in groups), places)
+
+
+def _place(numbers: Tensor) -> slice | Tensor:
+    """A slice where the numbers are consecutive, else the numbers themselves."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    consecutive = last - first + 1 == len(numbers) and bool((numbers.diff() == 1).all())
+    return slice(first, last + 1) if consecutive else numbers
+
+
+def _numbers(start: int, stop: int) -> Tensor:
+    return torch.arange(start, stop, device="cpu")  # whatever the default device is
 
 
 def _numbered(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Each parameter's weights by their number in the flat order, in the parameter's shape."""
     numbers, start = {}, 0
     for name, parameter in parameters.items():
-        numbers[name] = torch.arange(start, start + parameter.numel()).reshape(parameter.shape)
+        numbers[name] = _numbers(start, start + parameter.numel()).reshape(parameter.shape)
         start += parameter.numel()
     return numbers
 
 
-def _by_node(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
-    numbers = _numbered(parameters)
+def _module_of(name: str) -> str:
+    """The module that a parameter belongs to; the originals of a parametrized one to the module that it serves."""
+    return re.sub(r"(^|\.)parametrizations\.[^.]+$", "", name.rpartition(".")[0])
+
+
+def _by_node(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> list[Tensor]:
+    numbered = _numbered(parameters)
+    numbers = {id(parameter): numbered[name] for name, parameter in parameters.items()}
     patches = []
-    for prefix, module in model.named_modules():
-        own = {}
-        for name, parameter in module.named_parameters(recurse=False):
-            full = f"{prefix}.{name}" if prefix else name
-            if full in numbers and parameter is parameters.get(full):
-                own[name] = numbers.pop(full)
+    for module in model.modules():
+        own = {name: numbers.pop(id(p)) for name, p in _own_parameters(module) if id(p) in numbers}
         patches.extend(_nodes_of(module, own))
-    return patches
+    return patches + [_rows(left) for left in numbers.values()]
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's own parameters; those that stand for another (pruned, parametrized) are named as ``that.original``."""
+    for name, parameter in module._parameters.items():  # wrappers override named_parameters
+        if parameter is not None:
+            yield re.sub("_orig$", ".original", name), parameter
+    if parametrize.is_parametrized(module):
+        for name, originals in module.parametrizations.items():  # type: ignore[union-attr]
+            for key, parameter in originals.named_parameters(recurse=False):
+                yield f"{name}.{key}", parameter
 
 
 def _nodes_of(module: nn.Module, own: dict[str, Tensor]) -> list[Tensor]:
     """The output units of one module, rows of `(units, weights)`; `own` holds its weights' numbers by name."""
-    groups: list[list[Tensor]] = []
+    nodes = []
 
     def join(*names: str) -> None:
-        rows = [_rows(own.pop(name)) for name in names if name in own]
-        if rows:
-            groups.append(rows)
+        joined = defaultdict(list)  # by the number of units: what has another number of rows stands alone
+        for name in names:
+            for key in [key for key in own if key == name or key.startswith(f"{name}.")]:
+                rows = _rows(own.pop(key))
+                joined[len(rows)].append(rows)
+        nodes.extend(torch.cat(rows, dim=1) for rows in joined.values())
 
-    if isinstance(module, _ConvTransposeNd) and "weight" in own:
-        weight = own["weight"].unflatten(0, (module.groups, -1))  # (groups, in, out, *kernel): a unit is (group, out)
-        own["weight"] = weight.transpose(1, 2).flatten(0, 1)
-        join("weight", "bias")
+    if isinstance(module, _ConvTransposeNd):
+        own = {name: _units_first(module, numbers) for name, numbers in own.items()}
     elif isinstance(module, NORMS):
         own = {name: numbers.flatten() for name, numbers in own.items()}
-        join("weight", "bias")
     elif isinstance(module, nn.MultiheadAttention):
-        bias = own.pop("in_proj_bias", None)
-        projections = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        if "in_proj_weight" in own:
-            own |= {} if bias is None else {"in_proj_bias": bias}
-            join("in_proj_weight", "in_proj_bias")
-        else:
-            for i, name in enumerate(projections):
-                own |= {} if bias is None else {f"{name}_bias": bias.chunk(3)[i]}
-                join(name, f"{name}_bias")
+        if not module._qkv_same_embed_dim and "in_proj_bias" in own:
+            for part, rows in zip("qkv", own.pop("in_proj_bias").chunk(3), strict=True):
+                own[f"{part}_proj_bias"] = rows
+        for part in ("in", "q", "k", "v"):
+            join(f"{part}_proj_weight", f"{part}_proj_bias")
     elif isinstance(module, RECURRENT):
-        for name in [name for name in own if name.startswith("weight_ih")]:
-            suffix = name.removeprefix("weight_ih")
-            join(name, f"weight_hh{suffix}", f"bias_ih{suffix}", f"bias_hh{suffix}")
-    elif isinstance(module, (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)):
+        for suffix in {re.sub("^(weight|bias)_[ih]h", "", name.partition(".")[0]): None for name in own}:
+            join(f"weight_ih{suffix}", f"weight_hh{suffix}", f"bias_ih{suffix}", f"bias_hh{suffix}")
+    if isinstance(module, (*NORMS, nn.Linear, nn.Bilinear, _ConvNd)):
         join("weight", "bias")
-    for name in list(own):
-        join(name)
-    return [torch.cat(rows, dim=1) for rows in groups]
+    return nodes + [_rows(numbers) for numbers in own.values()]
+
+
+def _units_first(module: _ConvTransposeNd, weight: Tensor) -> Tensor:
+    """A transposed convolution's weight `(in, out / groups, *kernel)` with its output channels as rows."""
+    if weight.dim() < 2 or module.groups * weight.shape[1] != module.out_channels or len(weight) % module.groups:
+        return weight
+    return weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _rows(numbers: Tensor) -> Tensor:
     return numbers.reshape(len(numbers), -1) if numbers.dim() else numbers.reshape(1, 1)
 
 
-def _by_labels(parameters: Mapping[str, nn.Parameter], labels: Labels) -> list[Tensor]:
-    whole: dict[Hashable, list[Tensor]] = defaultdict(list)
-    labelled, numbered = [], []
-    for name, numbers in _numbered(parameters).items():
-        label = labels(name, parameters[name])
-        if not isinstance(label, torch.Tensor) or label.dim() == 0:
-            whole[label.item() if isinstance(label, torch.Tensor) else label].append(numbers.flatten())
-            continue
-        if label.shape != numbers.shape or label.is_floating_point() or label.is_complex():
+def _by_labels(labels: Mapping[str, object], parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
+    """Patches of equal labels, in the order in which the labels first appear."""
+    labelled = {name: _labels_of(name, parameter, labels[name]) for name, parameter in parameters.items()}
+    if all(inverse is None for _, inverse in labelled.values()):  # as for layers: no weight needs a label of its own
+        pieces = defaultdict(list)
+        for name, numbers in _numbered(parameters).items():
+            pieces[labelled[name][0][0]].append(numbers.flatten())
+        return [torch.cat(numbers).unsqueeze(0) for numbers in pieces.values()]
+    patch_of: dict[Hashable, int] = {}
+    owners = []
+    for name, (values, inverse) in labelled.items():
+        owner = torch.tensor([patch_of.setdefault(value, len(patch_of)) for value in values], device="cpu")
+        owners.append(owner.expand(parameters[name].numel()) if inverse is None else owner[inverse])
+    owner = torch.cat(owners)
+    order, sizes = owner.argsort(stable=True), owner.bincount()
+    starts = sizes.cumsum(0) - sizes
+    return [order[starts[sizes == size].unsqueeze(-1) + _numbers(0, size)] for size in sizes.unique().tolist()]
+
+
+def _labels_of(name: str, parameter: nn.Parameter, label: object) -> tuple[Sequence[Hashable], Tensor | None]:
+    """The different labels in one parameter, and which of them each weight has; None where there is only one."""
+    if isinstance(label, torch.Tensor):
+        if label.dim() == 0:
+            return [label.item()], None
+        if label.shape != parameter.shape or label.is_floating_point() or label.is_complex():
             raise ValueError(
-                f"by: labels of {name!r} are {label.dtype} of shape {tuple(label.shape)}, expected integers of shape {tuple(numbers.shape)}, or one label"
+                f"by: labels of {name!r} are {label.dtype} of shape {tuple(label.shape)}, expected integers of shape "
+                f"{tuple(parameter.shape)}, or one label"
             )
-        labelled.append(label.detach().cpu().flatten().to(torch.int64))
-        numbered.append(numbers.flatten())
-    if labelled:
-        values, inverse = torch.cat(labelled).unique(return_inverse=True)
-        order = inverse.argsort(stable=True)
-        pieces = torch.cat(numbered)[order].split(inverse.bincount().tolist())
-        for value, piece in zip(values.tolist(), pieces, strict=True):
-            whole[value].append(piece)
-    return [torch.cat(pieces).unsqueeze(0) for pieces in whole.values()]
-
-
-def _run(index: Tensor) -> slice | None:
-    """The slice that a group of patches is, where its weights are consecutive."""
-    first, last = int(index[0, 0]), int(index[-1, -1])
-    if last - first + 1 != index.numel():
-        return None
-    return slice(first, last + 1) if bool((index.reshape(-1).diff() == 1).all()) else None
+        values, inverse = label.detach().cpu().flatten().to(torch.int64).unique(return_inverse=True)
+        return values.tolist(), inverse
+    if label is None or not isinstance(label, Hashable):
+        raise ValueError(
+            f"by: the label of {name!r} is {type(label).__name__}, expected an integer tensor of shape "
+            f"{tuple(parameter.shape)}, or one hashable label such as a string"
+        )
+    return [label], None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
+from functools import cache
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._utils import _unflatten_dense_tensors
 
 from koopt import linalg
 from koopt.forecasters import METHODS
 from koopt.operator import fit
-from koopt.partitions import Partition, partition
+from koopt.partitions import Partition, partition_of, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,25 +24,31 @@ if TYPE_CHECKING:
 
     from koopt.partitions import Labels
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class Trajectory:
     """The last `window` snapshots of a model's trainable weights, and forecasts from them.
+
+    Make it once the model is where it is trained: it holds on to the parameters that are trainable then.
 
     Args:
         model: the module that is trained; frozen parameters are left out, tied ones recorded once.
         window: how many snapshots are kept.
         stride: optimizer steps from one snapshot to the next.
         average: record the mean of each block of `stride` steps instead of the weights at every `stride`-th step.
-        dtype: of the snapshots; None: the parameters', at least float32.
+        dtype: of the snapshots; None: the parameters', at least float32. Means are summed in float32 at least.
         device: where they are kept; None: where the first parameter is.
 
     Attributes:
+        window, stride, average: as given.
         steps: how often :meth:`record` was called.
         nbytes: the memory of the window, all of it taken at the start.
 
     Raises:
-        ValueError: if `window` or `stride` is below 1, the model has nothing to record, or the window needs more memory than
-            is free.
+        TypeError: if `dtype` is not a real floating-point dtype, or a trainable parameter is complex.
+        ValueError: if `window` or `stride` is below 1, the model has nothing to record, or the window needs more memory
+            than is free.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> traj = koopt.Trajectory(model, window=3)
@@ -60,33 +71,40 @@ class Trajectory:
         for name, value in (("window", window), ("stride", stride)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a whole number >= 1")
-        self._whole = partition(model, by="network")
-        named = dict(model.named_parameters())
-        self._parameters = [named[name] for name in self._whole.names]
+        if not isinstance(average, bool):
+            raise TypeError(f"average is {average!r}, expected True or False")
+        named = trainable(model)
+        for name, parameter in named.items():
+            if parameter.is_complex():
+                raise TypeError(f"model: {name!r} is {parameter.dtype}, only real weights are recorded; freeze it")
         if dtype is None:
-            dtype = torch.float32
-            for parameter in self._parameters:
-                dtype = torch.promote_types(dtype, parameter.dtype)
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype is {dtype}, expected a floating-point dtype")
-        device = torch.device(device) if device is not None else self._parameters[0].device
+            dtype = torch.float64 if any(p.dtype == torch.float64 for p in named.values()) else torch.float32
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}, or None")
+        self._model, self._named = model, named
+        self._parameters = list(named.values())
+        self._whole = partition_of(named, model, "network")
+        self._partitions: dict[tuple[str, int | None], Partition] = {("network", None): self._whole}
         self.window, self.stride, self.average = window, stride, average
-        self.nbytes = (window + average) * self._whole.size * dtype.itemsize
+        self.steps = 0
+
+        size = self._whole.size
+        device = torch.device(device) if device is not None else self._parameters[0].device
+        sum_dtype = torch.promote_types(dtype, torch.float32)
+        self.nbytes = size * (window * dtype.itemsize + average * sum_dtype.itemsize)
         free = _free_memory(device)
         if free is not None and self.nbytes > free:
             raise ValueError(
-                f"window: {window} snapshots of {self._whole.size:,} weights in {dtype} need {_gib(self.nbytes)}, "
+                f"window: {window} snapshots of {size:,} weights in {dtype} need {_gib(self.nbytes)}, "
                 f"{device} has {_gib(free)} free; take a smaller window, a smaller dtype or another device"
             )
-        self._model = model
-        self._partitions: dict[tuple[str, int | None], Partition] = {("network", None): self._whole}
-        self._rows = torch.empty(window, self._whole.size, dtype=dtype, device=device)
-        self._sum = torch.zeros(self._whole.size, dtype=dtype, device=device) if average else None
-        self.steps = 0
+        self._rows = torch.empty(window, size, dtype=dtype, device=device)
+        self._sum = torch.zeros(size if average else 0, dtype=sum_dtype, device=device)
+        self._sums = list(self._whole.unflatten(self._sum).values()) if average else []
 
     def __len__(self) -> int:
         """How many snapshots are held."""
-        return min(self._taken, self.window)
+        return min(self._taken(self.steps), self.window)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,34 +113,52 @@ class Trajectory:
 
     @property
     def age(self) -> float:
-        """Optimizer steps since the last snapshot was taken; a block mean that has just closed is (stride - 1)/2 old."""
+        """Optimizer steps since the last snapshot; a block mean that has just closed is (stride - 1)/2 old."""
         if self.average:
             return self.steps % self.stride + (self.stride - 1) / 2
         return (self.steps - 1) % self.stride
 
-    @property
-    def _taken(self) -> int:
-        return self.steps // self.stride if self.average else -(-self.steps // self.stride)
-
-    @torch.no_grad()
     def record(self) -> None:
         """Record the weights; call it after each optimizer step.
 
         The first call takes the first snapshot, each `stride`-th call after it another; with ``average`` a snapshot is
         taken when a block of `stride` calls is complete.
+
+        >>> traj = koopt.Trajectory(nn.Linear(2, 1), stride=10)
+        >>> for _ in range(25):
+        ...     traj.record()
+        >>> len(traj), traj.age
+        (3, 4)
         """
-        if self._sum is not None:
-            torch._foreach_add_(self._pieces(self._sum), self._sources())
-            if (self.steps + 1) % self.stride == 0:
-                torch.div(self._sum, self.stride, out=self._rows[self._taken % self.window])
-                self._sum.zero_()
-        elif self.steps % self.stride == 0:
-            torch._foreach_copy_(self._pieces(self._rows[self._taken % self.window]), self._sources())
+        in_block = self.steps % self.stride
+        if self.average:
+            self._record_mean(in_block)
+        elif in_block == 0:
+            with torch.no_grad():
+                flat = [parameter.to(self._rows.device).reshape(-1) for parameter in self._parameters]
+                torch.cat(flat, out=self._row(self._taken(self.steps)))
         self.steps += 1
 
+    @torch.no_grad()
+    def _record_mean(self, in_block: int) -> None:
+        sources = [parameter.to(self._sum.device) for parameter in self._parameters]
+        if in_block == 0:
+            torch._foreach_copy_(self._sums, sources)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            torch._foreach_add_(self._sums, sources)  # pyright: ignore[reportPrivateImportUsage]
+        if in_block == self.stride - 1:
+            torch.div(self._sum, self.stride, out=self._row(self._taken(self.steps)))
+
     def snapshots(self) -> Tensor:
-        """The window in order of time, a copy `(time, weights)`; columns as ``Partition.flatten`` orders them."""
-        return self._ordered().clone()
+        """The window in order of time, a copy `(time, weights)`; columns as ``Partition.flatten`` orders them.
+
+        >>> traj = koopt.Trajectory(nn.Linear(2, 1))
+        >>> traj.record()
+        >>> traj.snapshots().shape
+        torch.Size([1, 3])
+        """
+        ordered = self._ordered()
+        return ordered.clone() if self._taken(self.steps) <= self.window else ordered
 
     def forecast(
         self,
@@ -144,94 +180,179 @@ class Trajectory:
             New weights by name, in the dtype and on the device of the parameters.
 
         Raises:
-            ValueError: if the method or an option is unknown, there are too few snapshots, or the forecast is not finite.
+            TypeError: if the method has no option of that name, or `steps` is not a number.
+            ValueError: if the method is unknown, an option is out of range, there are too few snapshots, a
+                snapshot or the forecast is not finite, or a parameter of the model was replaced.
 
         Source: Dogra & Redman (2020), Algorithm 1.
+
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> traj = koopt.Trajectory(model)
+        >>> for value in (1.0, 2.0, 3.0):  # stands for training steps
+        ...     _ = nn.init.constant_(model.weight, value)
+        ...     traj.record()
+        >>> traj.forecast(10, method="line")
+        {'weight': tensor([[13.]])}
         """
         if method not in METHODS:
             raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+        for name in options:
+            if name not in _options_of(method):
+                allowed = ", ".join(_options_of(method)) or "no options"
+                raise TypeError(f'{name} is not an option of method "{method}", which takes {allowed}')
+        if isinstance(steps, bool) or not isinstance(steps, Real):
+            raise TypeError(f"steps is {type(steps).__name__}, expected a number of optimizer steps, or math.inf")
         if not steps >= 0:
             raise ValueError(f"steps is {steps}, expected optimizer steps >= 0 after the last recorded one")
         if len(self) == 0:
             raise ValueError("forecast: no snapshot has been taken yet; call record() after each optimizer step first")
-        horizon = (steps + self.age) / self.stride
+        self._require_same_parameters()
+        horizon = (float(steps) + self.age) / self.stride
         parts = self._partition(by, max_size)
-        forecasts = []
-        for patches in parts.gather_flat(self._ordered()):
-            window = patches.transpose(0, 1)
-            if method == "koopman":
-                max_modulus = options.get("max_modulus")
-                fitted = fit(window, **{name: value for name, value in options.items() if name != "max_modulus"})
-                forecasts.append(fitted.forecast(horizon, max_modulus))
-            else:
-                forecasts.append(linalg.combine(METHODS[method](window, horizon, **options), window))
-        flat = parts.scatter_flat(forecasts)
-        weights = parts.unflatten(flat)
-        if not bool(flat.sum().isfinite()):
-            for name, values in weights.items():
-                if not bool(values.isfinite().all()):
-                    raise ValueError(
-                        f"forecast of {name!r} is not finite {steps} steps ahead; take a shorter horizon or a lower rank"
-                    )
-        return {
-            name: values.to(device=parameter.device, dtype=parameter.dtype)
-            for (name, values), parameter in zip(weights.items(), self._parameters, strict=True)
-        }
+        window = self._ordered()
+        try:
+            patches = [_continue(patch, horizon, method, options) for patch in parts.gather_flat(window)]
+            return self._as_parameters(parts.scatter_flat(patches))
+        except (ValueError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
+            self._require_finite_window(window)  # the likely cause, by name
+            raise
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on recording after a restart: tensors and numbers, loadable with ``weights_only=True``."""
-        return {
-            "window": self.window,
-            "stride": self.stride,
-            "average": self.average,
-            "steps": self.steps,
-            "snapshots": self.snapshots(),
-            "sum": None if self._sum is None else self._sum.clone(),
-        }
+        """What is needed to go on recording after a restart: tensors and numbers, loadable with ``weights_only=True``.
+
+        >>> traj = koopt.Trajectory(nn.Linear(2, 1), stride=10)
+        >>> traj.record()
+        >>> resumed = koopt.Trajectory(nn.Linear(2, 1), stride=10)
+        >>> resumed.load_state_dict(traj.state_dict())
+        >>> resumed.steps
+        1
+        """
+        recorded = {"steps": self.steps, "snapshots": self.snapshots(), "sum": self._sum.clone()}
+        return self._settings() | recorded
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`; refused, with nothing changed, if it belongs to another window or model.
 
+        Args:
+            state: as :meth:`state_dict` returned it; tensors may be on another device.
+
         Raises:
-            ValueError: naming the setting that differs.
+            ValueError: naming the setting that differs, or what is missing or malformed.
+
+        >>> traj = koopt.Trajectory(nn.Linear(2, 1), window=3)
+        >>> traj.load_state_dict(koopt.Trajectory(nn.Linear(2, 1), window=4).state_dict())
+        Traceback (most recent call last):
+        ValueError: state: recorded with window=4, this trajectory has window=3; make them the same
         """
-        snapshots = state["snapshots"]
-        settings = {"window": self.window, "stride": self.stride, "average": self.average}
+        settings = self._settings()
+        missing = {*settings, "steps", "snapshots", "sum"} - state.keys()
+        if missing:
+            raise ValueError(f"state: {', '.join(sorted(missing))} missing; pass what state_dict() returned")
         for name, value in settings.items():
-            if state[name] != value:
+            # dicts are equal in any order, but the columns of the snapshots are not
+            if state[name] != value or (name == "shapes" and list(state[name]) != list(value)):
                 raise ValueError(
-                    f"state: recorded with {name}={state[name]}, this trajectory has {name}={value}; make it the same"
+                    f"state: recorded with {name}={state[name]!r}, this trajectory has {name}={value!r}; "
+                    f"make them the same"
                 )
-        if snapshots.shape[-1] != self._whole.size:
+        steps = state["steps"]
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(
-                f"state: {snapshots.shape[-1]} weights were recorded, this model has {self._whole.size}; load it for the same model"
+                f"state: steps is {steps!r}, expected a whole number >= 0; pass what state_dict() returned"
             )
-        self.steps = state["steps"]
-        first = max(0, self._taken - self.window)
-        for i, row in enumerate(snapshots):
-            self._rows[(first + i) % self.window].copy_(row)
-        if self._sum is not None:
-            self._sum.copy_(state["sum"])
+        held = min(self._taken(steps), self.window)
+        for name, own in (("snapshots", self._rows[:held]), ("sum", self._sum)):
+            given = state[name]
+            found = (tuple(given.shape), given.dtype) if isinstance(given, torch.Tensor) else type(given).__name__
+            if found != (tuple(own.shape), own.dtype):
+                raise ValueError(
+                    f"state: {name} is {found} after {steps} steps, expected {(tuple(own.shape), own.dtype)}; "
+                    f"make dtype the same, and pass what state_dict() returned"
+                )
+        self.steps = steps
+        first = self._taken(steps) - held
+        for i, row in enumerate(state["snapshots"]):
+            self._row(first + i).copy_(row)
+        self._sum.copy_(state["sum"])
+
+    def _settings(self) -> dict[str, Any]:
+        shapes = {name: list(parameter.shape) for name, parameter in self._named.items()}
+        return {"window": self.window, "stride": self.stride, "average": self.average, "shapes": shapes}
+
+    def _taken(self, steps: int) -> int:
+        """How many snapshots have been taken after so many steps, those since overwritten too."""
+        return steps // self.stride if self.average else -(-steps // self.stride)
+
+    def _row(self, taken: int) -> Tensor:
+        return self._rows[taken % self.window]
 
     def _ordered(self) -> Tensor:
-        if self._taken <= self.window:
-            return self._rows[: self._taken]
-        return self._rows.roll(-(self._taken % self.window), dims=0)
+        """The window in order of time: a view until it has wrapped around, then a copy."""
+        taken = self._taken(self.steps)
+        return self._rows[:taken] if taken <= self.window else self._rows.roll(-taken % self.window, dims=0)
 
     def _partition(self, by: str | Labels, max_size: int | None) -> Partition:
-        if callable(by):
-            return partition(self._model, by, max_size)
+        device = self._rows.device
+        if not isinstance(by, str) or type(max_size) not in (int, type(None)):
+            return partition_of(self._named, self._model, by, max_size).to(device)
         if (by, max_size) not in self._partitions:
-            self._partitions[by, max_size] = partition(self._model, by, max_size)
+            self._partitions[by, max_size] = partition_of(self._named, self._model, by, max_size).to(device)
         return self._partitions[by, max_size]
 
-    def _pieces(self, row: Tensor) -> list[Tensor]:
-        pieces = row.split([shape.numel() for shape in self._whole.shapes])
-        return [piece.view(shape) for piece, shape in zip(pieces, self._whole.shapes, strict=True)]
+    def _as_parameters(self, flat: Tensor) -> dict[str, Tensor]:
+        """Weights by name in the dtype and on the device of each parameter; refused if one is not finite there."""
+        kinds = {(parameter.device, parameter.dtype) for parameter in self._parameters}
+        alike = len(kinds) == 1
+        if alike:
+            flat = flat.to(*kinds.pop())
+        weights = dict(zip(self._named, _unflatten_dense_tensors(flat, self._parameters), strict=True))
+        if alike and math.isfinite(flat.sum().item()):
+            return weights
+        weights = {name: weights[name].to(p.device, p.dtype) for name, p in self._named.items()}
+        bad = _first_not_finite(weights)
+        if bad is not None:
+            raise ValueError(
+                f"forecast of {bad!r} is not finite in {weights[bad].dtype}; take a shorter horizon or a lower rank"
+            )
+        return weights
 
-    def _sources(self) -> list[Tensor]:
-        device, dtype = self._rows.device, self._rows.dtype
-        return [parameter.detach().to(device, dtype) for parameter in self._parameters]
+    def _require_same_parameters(self) -> None:
+        """The model must still train what was recorded, or a forecast would bring back weights it has left behind."""
+        now = dict(self._model.named_parameters())
+        for name, parameter in self._named.items():
+            if now.get(name) is not parameter:
+                raise ValueError(
+                    f"model: {name!r} was replaced after this trajectory was made, "
+                    f"as load_state_dict(assign=True) does; make a new one after that"
+                )
+
+    def _require_finite_window(self, window: Tensor) -> None:
+        bad = _first_not_finite(self._whole.unflatten(window))
+        if bad is not None:
+            raise ValueError(
+                f"forecast: the recorded snapshots of {bad!r} hold NaN or Inf; restore it and record a new window"
+            )
+
+
+def _continue(patches: Tensor, horizon: float, method: str, options: Mapping[str, Any]) -> Tensor:
+    """The forecast `(patches, state)` of patches `(time, patches, state)`."""
+    window = patches.transpose(0, 1)
+    if method != "koopman":
+        return linalg.combine(METHODS[method](window, horizon, **options), window)
+    fit_options = {name: value for name, value in options.items() if name != "max_modulus"}
+    return fit(window, **fit_options).forecast(horizon, options.get("max_modulus"))
+
+
+@cache
+def _options_of(method: str) -> tuple[str, ...]:
+    rule = fit if method == "koopman" else METHODS[method]
+    # a trajectory's snapshots are evenly spaced: `times` is for checkpoints
+    names = [name for name in inspect.signature(rule).parameters if name not in ("snapshots", "horizon", "times")]
+    return (*names, "max_modulus") if method == "koopman" else tuple(names)
+
+
+def _first_not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    return next((name for name, values in weights.items() if not bool(values.isfinite().all())), None)
 
 
 @torch.no_grad()
@@ -244,7 +365,8 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     Raises:
         KeyError: if the model has no parameter of that name.
-        ValueError: if a shape differs or a value is NaN or Inf.
+        TypeError: if a value is not a real tensor.
+        ValueError: if a shape differs, a value is NaN or Inf in the parameter's dtype, or tied names differ.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> koopt.load_into(model, {"weight": torch.tensor([[2.0]])})
@@ -252,29 +374,40 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     2.0
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    targets, sources = [], []
+    sources: dict[nn.Parameter, Tensor] = {}
     for name, values in weights.items():
         if name not in parameters:
             raise KeyError(
                 f"weights: the model has no parameter {name!r}; its names are those of model.named_parameters()"
             )
         parameter = parameters[name]
+        if not isinstance(values, torch.Tensor) or values.is_complex() != parameter.is_complex():
+            given = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+            raise TypeError(f"weights[{name!r}] is {given}, expected a tensor that fits {parameter.dtype}; convert it")
         if values.shape != parameter.shape:
             raise ValueError(
-                f"weights[{name!r}] has shape {tuple(values.shape)}, the parameter {tuple(parameter.shape)}"
+                f"weights[{name!r}] has shape {tuple(values.shape)}, expected the parameter's {tuple(parameter.shape)}"
             )
         source = values.to(parameter.device, parameter.dtype)
-        if not bool(source.isfinite().all()):
+        # the sum is quick, and finite only if all values are; it may overflow where none does
+        if not math.isfinite(source.sum().item()) and not bool(source.isfinite().all()):
             raise ValueError(f"weights[{name!r}] holds NaN or Inf (in {parameter.dtype}); nothing was written")
-        targets.append(parameter)
-        sources.append(source)
-    torch._foreach_copy_(targets, sources)
+        if parameter in sources and not torch.equal(sources[parameter], source):
+            raise ValueError(f"weights[{name!r}] is tied to another name with other values; pass one of them")
+        sources[parameter] = source
+    held = {parameter.untyped_storage().data_ptr() for parameter in sources}
+    for parameter, source in sources.items():
+        if source.untyped_storage().data_ptr() in held:  # as when two parameters change places
+            sources[parameter] = source.clone()
+    if sources:
+        torch._foreach_copy_(list(sources), list(sources.values()))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _free_memory(device: torch.device) -> int | None:
     """Bytes that can still be taken on a device; None where there is no way to know."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     if device.type != "cpu":
         return None
     try:

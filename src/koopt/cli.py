@@ -1,0 +1,125 @@
+"""The command line: ``koopt reproduce de-solver``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COLUMNS = {
+    "setting": "setting",
+    "by": "operator",
+    "success": "success",
+    "teq_over_T": "T_eq/T",
+    "teq_over_T_mean": "…\nmean",
+    "censored": "cen-\nsored",
+    "error_over_motion": "error/\nmotion",
+    "residual": "resi-\ndual",
+    "max_modulus": "max\n|λ|",
+    "speedup": "speed-\nup",
+    "speedup_with_recording": "… with\nrecord.",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0, or 2 for bad input with one line on stderr, or 130 after Ctrl-C."""
+    given = _parser().parse_args(arguments)
+    try:
+        return given.command(given)
+    except KeyboardInterrupt:
+        print("koopt: interrupted; what is recorded stays, and the same command goes on", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as missing:
+        print(f"koopt: {missing.name} is not installed; pip install 'koopt[experiments]'", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"koopt: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(prog="koopt", description="Koopman training: forecast a network's weights.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    reproduce = commands.add_parser("reproduce", help="rerun an experiment of the paper")
+    experiments = reproduce.add_subparsers(required=True, metavar="EXPERIMENT")
+    solver = experiments.add_parser("de-solver", help="Table 1 and Figures 2, S5 and S6")
+    solver.set_defaults(command=_reproduce_de_solver)
+    solver.add_argument("--optimizer", default="all", help="adam, adagrad, adadelta or all (default)")
+    solver.add_argument("--output", type=Path, default=Path("results/de-solver"), metavar="DIR", help="%(default)s")
+    solver.add_argument("--seed", type=int, default=0, help="first seed (%(default)s)")
+    solver.add_argument("--seeds", type=int, help="how many networks (25; 5 with --quick)")
+    solver.add_argument(
+        "--horizon", type=int, action="append", metavar="T", help="optimizer steps ahead; may be repeated"
+    )
+    solver.add_argument("--quick", action="store_true", help="fewer steps and seeds, about a minute")
+    return parser
+
+
+def _reproduce_de_solver(given: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from koopt.experiments import de_solver, methods, report
+
+    chosen: dict[str, Any] = {"seed": given.seed}
+    if given.optimizer != "all":
+        chosen["optimizers"] = (given.optimizer,)
+    if given.seeds is not None:
+        chosen["seeds"] = given.seeds
+    if given.horizon:
+        chosen["horizons"] = tuple(given.horizon)
+    settings = replace(methods.QUICK if given.quick else methods.Settings(), **chosen)
+    with _progress() as progress:
+        rows = de_solver.reproduce(settings, given.output, progress)
+    if rows is None:
+        raise KeyboardInterrupt
+    console = Console()
+    console.width = max(console.width, 100)  # a wrapped table is easier to read than a cut one
+    for optimizer in settings.optimizers:
+        for horizon in settings.horizons:
+            title = f"\n{optimizer.capitalize()}, T = {horizon:,}, {settings.seeds} seeds"
+            listed = [row for row in rows if row["optimizer"] == optimizer and row["T"] == horizon]
+            console.print(report.table(title, COLUMNS, [*listed, *report.paper_row(listed)]))
+    console.print(f"\nfigures and result.json: {given.output}", highlight=False)
+    return 0
+
+
+class _progress:
+    """Progress bars with an ETA, one a stage."""
+
+    def __enter__(self) -> Any:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
+        ends = (TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._bars = Progress(*columns, *ends, console=Console(stderr=True))
+        self._bars.start()
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = self._bars.add_task(stage, total=total)
+            self._bars.update(tasks[stage], completed=done)
+
+        return tell
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()

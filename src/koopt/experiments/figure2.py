@@ -1,0 +1,93 @@
+"""Figures 2, S5 and S6 of the paper, and how the error grows with the horizon."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.figure
+import numpy as np
+import torch
+
+from koopt import metrics, plot
+from koopt.experiments import recording
+from koopt.experiments.methods import drawn, errors_ahead, label_of, loss_of, path, weights_at
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from koopt.experiments.methods import Forecast, Method, Settings
+
+
+def draw(settings: Settings, recorded: recording.Recording, found: dict[Method, Forecast], folder: Path) -> str:
+    """Figure 2 (S5, S6) for one optimizer; returns the file's name."""
+    figure = matplotlib.figure.Figure(figsize=(13, 8), layout="constrained")
+    axes = figure.subplots(2, 3)
+    shown = drawn(found)
+    horizon, last = settings.horizons[0], settings.steps - settings.t2
+    t2, every = settings.t2, recording.TRAIL
+    after = torch.from_numpy(np.array(recorded.loss[t2:]))
+
+    steps = np.arange(settings.t1 - (t2 - settings.t1) // 2, min(t2 + 3 * horizon, settings.steps) + 1, every // 4)
+    points = {label_of(m): (t2 + horizon, loss_of(found[m].weights[horizon]).numpy()) for m in shown}
+    plot.loss_curves(axes[0, 0], steps, recorded.loss[steps], (settings.t1, t2), points)
+    axes[0, 0].set_title(f"b  Loss, jump of T = {horizon:,}", loc="left")
+
+    shares = {}
+    for t in settings.horizons:
+        for m in shown:
+            equivalent, _ = metrics.equivalent_steps(loss_of(found[m].weights[t]), after)
+            name = {"baseline": "line", "paper": "node", "recommended": "recom-\nmended"}[m.setting]
+            shares[f"{name}\nT={t / 1000:g}k"] = equivalent.numpy() / t
+    plot.equivalent_steps(axes[0, 1], shares)
+    axes[0, 1].set_title("c  Equivalent steps, one dot a seed", loc="left")
+
+    best = next(m for m in shown if m.setting == "recommended")
+    ahead = sorted(found[best].weights)
+    trail = np.arange(settings.t1, settings.steps + 1, every)
+    kept = recorded.trail[settings.t1 // every :, 0] - recorded.trail[t2 // every, 0]
+    order = np.abs(kept[-1]).argsort()
+    few = order[[-1, -4, len(order) // 2, -12, len(order) // 4, -24]]
+    jumps = np.stack([found[best].weights[a][0].numpy() for a in ahead]) - recorded.trail[t2 // every, 0]
+    limit = np.abs(kept[:, few]).max()
+    plot.weight_paths(axes[0, 2], trail, kept[:, few], t2 + np.array(ahead), jumps[:, few])
+    axes[0, 2].set_ylim(-1.4 * limit, 1.4 * limit)
+    axes[0, 2].set_title("d  Six weights of one seed, recommended", loc="left")
+
+    start, truth = weights_at(recorded, t2), weights_at(recorded, t2 + horizon)
+    moved = (truth - start).abs().flatten().numpy()
+    errors = {label_of(m): (moved, (found[m].weights[horizon] - truth).abs().flatten().numpy()) for m in shown}
+    plot.error_against_motion(axes[1, 0], errors)
+    axes[1, 0].set_title(f"e  All weights of all seeds, T = {horizon:,}", loc="left")
+
+    plot.error_growth(axes[1, 1], path(settings), errors_ahead(settings, recorded, found))
+    axes[1, 1].set_title(f"f  Error up to {last:,} steps ahead", loc="left")
+
+    spectra = {label_of(m): found[m].eigenvalues.numpy() for m in shown if found[m].eigenvalues is not None}
+    plot.eigenvalues(axes[1, 2], spectra)
+    axes[1, 2].set_title("g  Eigenvalues, all seeds", loc="left")
+    figure.suptitle(
+        f"DE solver, {recorded.run.optimizer.capitalize()}, {settings.seeds} seeds, t1 = {settings.t1:,}, t2 = {t2:,}"
+    )
+    return save(figure, folder, f"figure2-{recorded.run.optimizer}.png")
+
+
+def draw_growth(settings: Settings, growth: dict[str, dict[str, list[float]]], folder: Path) -> str:
+    """Error over motion against the horizon, one panel an optimizer; returns the file's name."""
+    figure = matplotlib.figure.Figure(figsize=(4 * len(growth), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(growth), squeeze=False, sharey=True)[0]
+    for axis, (optimizer, errors) in zip(axes, growth.items(), strict=True):
+        plot.error_growth(axis, path(settings), errors)
+        axis.set_title(optimizer.capitalize(), loc="left")
+        axis.label_outer()
+        if axis is not axes[0]:
+            axis.get_legend().remove()
+    return save(figure, folder, "error-ahead.png")
+
+
+def save(figure: Any, folder: Path, name: str) -> str:
+    """Write a figure through a temporary file; returns its name."""
+    temporary = folder / f".{name}"
+    figure.savefig(temporary, dpi=110, format="png")
+    os.replace(temporary, folder / name)
+    return name

@@ -1,0 +1,109 @@
+"""What an experiment leaves behind: result.json, a table in the terminal, the machine it ran on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rich.table import Table
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions that figures depend on."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write_result(
+    folder: Path, experiment: str, settings: dict[str, Any], rows: Sequence[dict[str, Any]], figures: Sequence[str]
+) -> Path:
+    """Write ``folder/result.json`` through a temporary file; numbers that are not finite become null."""
+    result = {
+        "experiment": experiment,
+        "settings": settings,
+        "machine": machine(),
+        "rows": [{name: _plain(value) for name, value in row.items()} for row in rows],
+        "figures": list(figures),
+    }
+    path = folder / "result.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> Table:
+    """A terminal table; `columns` maps a row's key to its heading."""
+    from rich import box
+    from rich.table import Table
+
+    drawn = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for key, heading in columns.items():
+        numeric = any(isinstance(row.get(key), (int, float)) for row in rows)
+        drawn.add_column(heading, justify="right" if numeric else "left", no_wrap=True, vertical="bottom")
+    for row in rows:
+        drawn.add_row(
+            *(_shown(row.get(key)) for key in columns), style="bold" if row.get("setting") == "recommended" else ""
+        )
+    return drawn
+
+
+def paper_row(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The paper's own figures as a line of the same table, where one of the rows has them."""
+    prefix = "paper_"
+    return [
+        {
+            "setting": "the paper",
+            "by": row["by"],
+            **{k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)},
+        }
+        for row in rows
+        if prefix + "success" in row
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "inf"
+        if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
+            return f"{value:.0e}"
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
+    return str(value)
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"

@@ -1,0 +1,125 @@
+"""How good a jump was: success, equivalent steps and speed-up, as the paper defines them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+
+def success(forecast_loss: Float[Tensor, " seeds"], loss: Float[Tensor, "time seeds"]) -> Bool[Tensor, " seeds"]:
+    """Whether the jump lowered the loss.
+
+    Args:
+        forecast_loss: `(seeds,)`, loss at the forecast weights; NaN and Inf count as failures.
+        loss: `(time, seeds)`, training losses from t2 on; the first row is at t2.
+
+    Returns:
+        `(seeds,)` booleans.
+
+    Source: Dogra & Redman (2020), Section 4.
+
+    >>> success(torch.tensor([0.5, 2.0]), torch.ones(1, 2))
+    tensor([ True, False])
+    """
+    return forecast_loss < loss[0]
+
+
+def equivalent_steps(
+    forecast_loss: Float[Tensor, " seeds"], loss: Float[Tensor, "time seeds"]
+) -> tuple[Int[Tensor, " seeds"], Bool[Tensor, " seeds"]]:
+    """T_eq: the optimizer steps after t2 that training needs to get at or below the loss of the forecast.
+
+    Args:
+        forecast_loss: `(seeds,)`, loss at the forecast weights.
+        loss: `(time, seeds)`, training losses from t2 on; the first row is at t2.
+
+    Returns:
+        `(seeds,)` steps: 0 where the forecast is no better than t2, the last recorded step where training never gets
+        there; and `(seeds,)` booleans that mark the latter (censored).
+
+    Source: Dogra & Redman (2020), Eq. 10.
+
+    >>> loss = torch.tensor([[4.0], [3.0], [2.0]])
+    >>> equivalent_steps(torch.tensor([2.5]), loss)
+    (tensor([2]), tensor([False]))
+    >>> equivalent_steps(torch.tensor([1.0]), loss)
+    (tensor([2]), tensor([True]))
+    """
+    reached = loss[1:] <= forecast_loss
+    better = success(forecast_loss, loss)
+    never = ~reached.any(dim=0)
+    first = reached.to(torch.int8).argmax(dim=0) + 1
+    steps = torch.where(never, len(loss) - 1, first)
+    return torch.where(better, steps, 0), better & never
+
+
+def error_over_motion(
+    forecast: Float[Tensor, "*weights"], start: Float[Tensor, "*weights"], truth: Float[Tensor, "*weights"]
+) -> float:
+    """The median over weights of ``|forecast - truth| / |truth - start|``.
+
+    Args:
+        forecast: forecast weights, any shape.
+        start: weights at t2, where the jump started.
+        truth: weights at t2 + T, where training went.
+
+    Returns:
+        A share of the motion; weights that did not move count 0 if forecast so, else infinity.
+
+    Source: Dogra & Redman (2020), Figure 2e.
+
+    >>> error_over_motion(torch.tensor([1.5]), torch.tensor([0.0]), torch.tensor([1.0]))
+    0.5
+    """
+    error, motion = (forecast - truth).abs(), (truth - start).abs()
+    ratio = torch.where(error == 0, 0.0, error / motion)
+    return torch.where(ratio.isnan(), math.inf, ratio).median().item()
+
+
+def binomial_interval(rate: float, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """The central interval in which a success rate over `trials` falls with probability `level` if `rate` is true.
+
+    Args:
+        rate: the true success rate, 0 to 1.
+        trials: how many seeds.
+        level: probability of the interval.
+
+    Returns:
+        Lowest and highest rate.
+
+    >>> binomial_interval(0.84, 25)
+    (0.68, 0.96)
+    """
+    tail = (1 - level) / 2
+    below, low, high = 0.0, None, trials
+    for count in range(trials + 1):
+        below += math.comb(trials, count) * rate**count * (1 - rate) ** (trials - count)
+        if low is None and below > tail:
+            low = count
+        if below >= 1 - tail:
+            high = count
+            break
+    return (low or 0) / trials, high / trials
+
+
+def speedup(steps: float, step_seconds: float, jump_seconds: float, recording_seconds: float = 0.0) -> float:
+    """How many times faster a jump is than the optimizer steps it replaces.
+
+    Args:
+        steps: T_eq, the steps replaced.
+        step_seconds: time of one optimizer step.
+        jump_seconds: time to fit, forecast and write the weights.
+        recording_seconds: what recording the window cost, where it is to count.
+
+    Source: Dogra & Redman (2020), Section 4 and Table 1.
+
+    >>> speedup(1000, 0.001, 0.01)
+    100.0
+    """
+    return steps * step_seconds / (jump_seconds + recording_seconds)

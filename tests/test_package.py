@@ -1,0 +1,61 @@
+"""What importing koopt costs, and what it promises by name."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import koopt
+
+OPTIONAL = ["beartype", "hypothesis", "jaxtyping", "matplotlib", "pandas", "pydmd", "pytest", "rich", "scipy"]
+
+
+def imported_by(code):
+    """The modules that a line of code adds to those of koopt's dependencies, in a fresh interpreter."""
+    script = (
+        "import json, sys, torch, numpy, safetensors, safetensors.torch; before = set(sys.modules); "
+        f"{code}; print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_import_needs_only_the_dependencies():
+    added = imported_by("import koopt")
+    packages = {name.partition(".")[0] for name in added}
+    assert "koopt" in packages
+    assert not packages & set(OPTIONAL)
+    foreign = packages - {"koopt", "torch", "numpy", "safetensors"} - set(sys.stdlib_module_names)
+    assert not foreign, f"import koopt brings in {sorted(foreign)}"
+
+
+def example_of(documented):
+    doc = inspect.getdoc(documented) or ""
+    return ">>>" in doc
+
+
+def test_every_public_name_exists():
+    assert len(set(koopt.__all__)) == len(koopt.__all__)
+    assert all(hasattr(koopt, name) for name in koopt.__all__)
+    assert koopt.__version__
+
+
+@pytest.mark.parametrize("name", koopt.__all__)
+def test_every_public_name_is_documented_with_an_example(name):
+    value = getattr(koopt, name)
+    assert inspect.getdoc(value), f"koopt.{name} has no docstring"
+    methods = (
+        [member for key, member in vars(value).items() if not key.startswith("_")] if inspect.isclass(value) else []
+    )
+    assert example_of(value) or any(example_of(method) for method in methods), f"koopt.{name} has no example"
+
+
+def test_no_module_shares_a_public_name():
+    root = Path(koopt.__file__).parent
+    modules = {path.stem for path in root.rglob("*.py")} | {path.name for path in root.rglob("*") if path.is_dir()}
+    assert {"operator", "partitions", "trajectory"} <= modules
+    assert not modules & set(koopt.__all__)
