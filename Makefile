@@ -16,7 +16,7 @@ test: $(VENV)/.test  ## set up and run the tests
 check: $(VENV)/.dev  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # One stamp for each set of extras, renewed when what they need changes.
 $(VENV)/.%: pyproject.toml constraints.txt

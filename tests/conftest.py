@@ -6,6 +6,7 @@ import typing
 
 import hypothesis
 import jaxtyping
+import torch
 
 
 class _Typing(types.ModuleType):
@@ -23,3 +24,5 @@ jaxtyping.install_import_hook("koopt", "beartype.beartype(conf=beartype.Beartype
 
 hypothesis.settings.register_profile("koopt", derandomize=True, deadline=None, max_examples=30)
 hypothesis.settings.load_profile("koopt")
+
+torch.set_num_threads(1)  # on small matrices threads wait for each other

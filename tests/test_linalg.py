@@ -99,6 +99,12 @@ def test_leading_eigenvectors(scale):
             assert_close(overlap, torch.ones(count, dtype=torch.float64), rtol=0, atol=linalg.SUBSPACE_ERROR**2 + 1e-14)
 
 
+def test_leading_eigenvectors_count_the_rounding_of_the_matrix_itself():
+    for second, resolved in [(1e-8, False), (1e-7, True)]:
+        matrix = torch.diag(exact(1.0, second, *[0.0] * 18))  # so plain that the iteration itself is exact
+        assert linalg.leading_eigenvectors(matrix[None], 2)[2].tolist() == [resolved]
+
+
 def test_leading_eigenvectors_each_for_itself():
     matrices = torch.stack(
         [symmetric([1.0, 0.5] + [1e-4] * 8)[0], torch.zeros(10, 10).double(), torch.eye(10).double()]
@@ -185,10 +191,11 @@ def test_no_limit(matrix, reason):
         ([[2.0, 1.0], [0.0, 2.0]], 1.0, [[0.5, 0.0], [0.0, 0.5]]),  # defective: as a whole
         ([[0.0, 1.0], [0.0, 0.0]], 1.0, [[1.0, 0.0], [0.0, 1.0]]),
         ([[1.0, 1.0], [0.0, 1.0]], 1.0, [[1.0, 0.0], [0.0, 1.0]]),  # drift is not growth
+        ([[1 + 1e-9, 1.0], [0.0, 1 - 1e-9]], 1.0, [[1.0, 0.0], [0.0, 1.0]]),
     ],
 )
 def test_clamping_factor(matrix, modulus, factor):
-    assert_close(linalg.clamping_factor(exact(*matrix), modulus), exact(*factor), rtol=1e-6, atol=1e-15)
+    assert_close(linalg.clamping_factor(exact(*matrix), modulus), exact(*factor), rtol=1e-12, atol=1e-15)
 
 
 @given(seed=st.integers(0, 1000), size=st.integers(1, 6), modulus=st.floats(0.05, 3))

@@ -152,8 +152,7 @@ def leading_eigenvectors(
     (tensor([[9., 4.]], dtype=torch.float64), tensor([True]))
     """
     scale = symmetric.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
-    sized = scale > SQUARABLE**2
-    scale = torch.where(sized, scale, 1.0)
+    scale = torch.where(scale > 0, scale, 1.0)
     symmetric = symmetric / scale[:, None, None]  # so that its own square exists
     size = symmetric.shape[-1]
     width = min(size, count + OVERSAMPLING)
@@ -173,7 +172,7 @@ def leading_eigenvectors(
         block, _, values, settled = (
             old.index_copy(0, missed, new) for old, new in zip((block, image, values, settled), exact, strict=True)
         )
-    return values[..., :count] * scale.unsqueeze(-1), block[..., :count], settled & sized
+    return values[..., :count] * scale.unsqueeze(-1), block[..., :count], settled
 
 
 def _rayleigh_ritz(symmetric: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -273,7 +272,7 @@ def _part_of_a_step(transition: Tensor, vector: Tensor, fraction: float) -> Tens
     weights = solve(vectors, vector.to(values.dtype))
     again = (vectors @ (values * weights).unsqueeze(-1)).squeeze(-1).real
     sound = (again - following).norm(dim=-1) <= TRUSTED * following.norm(dim=-1)
-    powered = torch.where(values == 0, 0.0, values.pow(fraction))
+    powered = torch.where(values == 0, 0.0, values.pow(fraction))  # 0^x is NaN on some devices
     curved = (vectors @ (powered * weights).unsqueeze(-1)).squeeze(-1).real
     return torch.where(sound.unsqueeze(-1), curved, straight)
 

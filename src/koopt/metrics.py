@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float, Int, Num
     from torch import Tensor
 
 
@@ -51,12 +51,10 @@ def equivalent_steps(
     >>> equivalent_steps(torch.tensor([1.0]), loss)
     (tensor([2]), tensor([True]))
     """
-    reached = loss[1:] <= forecast_loss
+    reached = (loss[1:] <= forecast_loss).cumsum(dim=0) > 0
     better = success(forecast_loss, loss)
-    never = ~reached.any(dim=0)
-    first = reached.to(torch.int8).argmax(dim=0) + 1
-    steps = torch.where(never, len(loss) - 1, first)
-    return torch.where(better, steps, 0), better & never
+    steps = ((~reached).sum(dim=0) + 1).clamp(max=len(loss) - 1)
+    return torch.where(better, steps, 0), better & ~reached.any(dim=0)
 
 
 def error_over_motion(
@@ -79,7 +77,19 @@ def error_over_motion(
     """
     error, motion = (forecast - truth).abs(), (truth - start).abs()
     ratio = torch.where(error == 0, 0.0, error / motion)
-    return torch.where(ratio.isnan(), math.inf, ratio).median().item()
+    return median(torch.where(ratio.isnan(), math.inf, ratio))
+
+
+def median(values: Num[Tensor, "*any"]) -> float:
+    """The mean of the two middle values, where torch takes the lower one; infinities count as large.
+
+    >>> median(torch.tensor([1, 2, 4, torch.inf]))
+    3.0
+    """
+    ordered = values.flatten().double().sort().values
+    if len(ordered) == 0:
+        raise ValueError("values are empty, expected at least one")
+    return ((ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2).item()
 
 
 def binomial_interval(rate: float, trials: int, level: float = 0.95) -> tuple[float, float]:
@@ -96,16 +106,19 @@ def binomial_interval(rate: float, trials: int, level: float = 0.95) -> tuple[fl
     >>> binomial_interval(0.84, 25)
     (0.68, 0.96)
     """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate is {rate}, expected a share from 0 to 1")
+    if trials < 1:
+        raise ValueError(f"trials is {trials}, expected at least 1")
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}, expected a probability between 0 and 1, such as 0.95")
     tail = (1 - level) / 2
-    below, low, high = 0.0, None, trials
-    for count in range(trials + 1):
-        below += math.comb(trials, count) * rate**count * (1 - rate) ** (trials - count)
-        if low is None and below > tail:
-            low = count
-        if below >= 1 - tail:
-            high = count
-            break
-    return (low or 0) / trials, high / trials
+    counts = torch.arange(trials + 1, dtype=torch.float64)
+    choices = math.lgamma(trials + 1) - torch.lgamma(counts + 1) - torch.lgamma(trials - counts + 1)
+    share = torch.tensor(rate, dtype=torch.float64)
+    below = (choices + torch.xlogy(counts, share) + torch.xlogy(trials - counts, 1 - share)).exp().cumsum(0)
+    low, high = ((below < bound - 1e-12).sum().clamp(max=trials).item() for bound in (tail, 1 - tail))
+    return low / trials, high / trials
 
 
 def speedup(steps: float, step_seconds: float, jump_seconds: float, recording_seconds: float = 0.0) -> float:

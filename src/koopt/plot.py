@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,7 @@ def loss_curves(
     """Training loss of many seeds around the window, and the loss of each forecast at the step it aims at (Figure 2b).
 
     Args:
+        ax: where to draw.
         steps: `(time,)` optimizer steps.
         loss: `(time, seeds)` training losses at these steps.
         window: t1 and t2.
@@ -34,95 +36,140 @@ def loss_curves(
     ax.axvspan(*window, color="#f1ead8", label="recorded window", lw=0)
     ax.fill_between(steps, low, high, color=INK, alpha=0.15, lw=0)
     ax.plot(steps, middle, color=INK, lw=1.5, label="training")
+    width = float(steps[-1] - steps[0])
     for i, ((label, (step, losses)), color) in enumerate(zip(forecasts.items(), COLORS, strict=False)):
-        low, middle, high = _quartiles(losses, axis=0)
-        place = step + (i - (len(forecasts) - 1) / 2) * 0.02 * (steps[-1] - steps[0])
+        below, value, above = _quartiles(losses, axis=0)
+        place = step + (i - (len(forecasts) - 1) / 2) * 0.02 * width  # side by side
         ax.errorbar(
-            place, middle, [[middle - low], [high - middle]], fmt="o", ms=5, capsize=3, color=color, label=label
+            place, value, [[value - below], [above - value]], fmt="o", ms=5, capsize=3, color=color, label=label
         )
-    ax.set(xlabel="optimizer step", ylabel="loss (median, quartiles)", yscale="log")
-    ax.yaxis.set_minor_formatter("{x:.2g}")
-    ax.legend(fontsize=8, frameon=False, loc="lower left")
+    seen = middle[middle > 0]
+    if len(seen) and seen.max() > 10 * seen.min():
+        ax.set_yscale("log")
+    else:
+        ax.ticklabel_format(axis="y", useOffset=False)
+    _steps_along(ax)
+    ax.set(xlabel="optimizer step", ylabel="loss (median, quartiles)")
+    ax.legend(fontsize=9, frameon=False)
     return ax
 
 
-def equivalent_steps(ax: Axes, shares: Mapping[str, np.ndarray], top: float = 1.5) -> Axes:
-    """The distribution of T_eq/T over seeds, one dot a seed, the median as a bar (Figure 2c).
+def equivalent_steps(
+    ax: Axes,
+    shares: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    top: float = 1.5,
+    colors: Sequence[str] = COLORS,
+) -> Axes:
+    """The distribution of T_eq/T over seeds, one mark a seed, the median as a bar (Figure 2c).
 
     Args:
-        shares: label -> `(seeds,)` T_eq/T; labels may have two lines.
-        top: shares beyond it are drawn at it.
+        ax: where to draw.
+        shares: label -> (`(seeds,)` T_eq/T, `(seeds,)` whether it is censored); labels may have several lines.
+        top: shares beyond it are drawn at it, marked like the censored ones: the true value is larger.
+        colors: taken in turn.
     """
-    for i, values in enumerate(shares.values()):
-        clipped = np.minimum(np.sort(values), top)
+    for i, (values, censored) in enumerate(shares.values()):
         spread = 0.28 * np.sin(2.4 * np.arange(len(values)))  # fixed jitter, so that the figure is reproducible
-        ax.scatter(i + spread, clipped, s=14, color=COLORS[i % len(COLORS)], alpha=0.6, lw=0)
-        ax.hlines(np.median(clipped), i - 0.36, i + 0.36, color=INK, lw=2)
+        larger = censored | (values > top)
+        for marks, marker in ((~larger, "o"), (larger, "^")):
+            ax.scatter(
+                (i + spread)[marks],
+                np.minimum(values[marks], top),
+                s=18,
+                marker=marker,
+                color=colors[i % len(colors)],
+                alpha=0.6,
+                lw=0,
+                zorder=3,
+            )
+        if len(values):
+            ax.hlines(min(np.median(values), top), i - 0.36, i + 0.36, color=INK, lw=2)
     ax.axhline(1, color=INK, lw=0.8, ls=":")
-    ax.set_xticks(range(len(shares)), list(shares), fontsize=8)
-    ax.set(ylabel="$T_{eq}/T$ (bar: median)", ylim=(-0.08, top + 0.08))
+    ax.set_xticks(range(len(shares)), list(shares), fontsize=9)
+    ax.set(ylabel="$T_{eq}/T$ (bar: median)", xlabel=r"$\blacktriangle$ at least so much: the data end there")
+    ax.set(xlim=(-0.6, len(shares) - 0.4), ylim=(-0.08, top + 0.08))
     return ax
 
 
-def weight_paths(ax: Axes, steps: np.ndarray, weights: np.ndarray, ahead: np.ndarray, forecast: np.ndarray) -> Axes:
+def weight_paths(
+    ax: Axes, steps: np.ndarray, weights: np.ndarray, t2: int, ahead: np.ndarray, forecast: np.ndarray
+) -> Axes:
     """Weights over time, as trained and as forecast, each from its value at t2 (Figure 2d).
 
     Args:
+        ax: where to draw.
         steps: `(time,)` optimizer steps.
         weights: `(time, few)` weights at these steps, relative to t2.
-        ahead: `(horizons,)` optimizer steps of the forecasts.
+        t2: last step of the window.
+        ahead: `(horizons,)` optimizer steps that the forecasts aim at.
         forecast: `(horizons, few)` forecast weights, relative to t2.
     """
     for i in range(weights.shape[1]):
         color = COLORS[i % len(COLORS)]
         ax.plot(steps, weights[:, i], color=color, lw=1.5, alpha=0.55, label="trained" if i == 0 else None)
-        ax.plot(ahead, forecast[:, i], "o", ms=3.5, mfc="none", color=color, label="forecast" if i == 0 else None)
-    ax.axvline(ahead[0], color=INK, lw=0.8, ls=":")
+        ax.plot(ahead, forecast[:, i], "o", ms=4, mfc="none", color=color, label="forecast" if i == 0 else None)
+    ax.axvline(t2, color=INK, lw=0.8, ls=":", label="$t_2$")
+    limit = 1.4 * np.abs(weights[np.isfinite(weights)]).max(initial=0.0)
+    if limit > 0:  # a forecast that runs away must not flatten the rest
+        ax.set_ylim(-limit, limit)
+    _steps_along(ax)
     ax.set(xlabel="optimizer step", ylabel="weight $-$ weight at $t_2$")
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=9, edgecolor="none", loc="upper left", ncols=3, handlelength=1.5, columnspacing=1)
     return ax
 
 
 def error_against_motion(ax: Axes, motion: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Axes:
-    """Error of each weight against how far training moved it, linear, with the same in logarithms inset (Figure 2e).
+    """Error of each weight against how far training moved it, in logarithms (Figure 2e).
 
     Args:
-        motion: label -> (`(weights,)` motion, `(weights,)` error), both absolute.
+        ax: where to draw.
+        motion: label -> (`(weights,)` motion, `(weights,)` error), both absolute; zeros and NaN are left out.
     """
-    inset = ax.inset_axes((0.56, 0.52, 0.42, 0.45))
+    shown = []
     for (label, (moved, error)), color in zip(motion.items(), COLORS, strict=False):
-        for axes in (ax, inset):
-            axes.scatter(moved, error, s=5, color=color, alpha=0.45, lw=0, label=label, rasterized=True)
-    reach = max(float(np.quantile(moved, 0.999)) for moved, _ in motion.values())
-    ax.plot([0, reach], [0, reach], color=INK, lw=0.8, ls=":", label="error = motion")
-    ax.set(
-        xlabel="|motion| of a weight", ylabel="|error| of its forecast", xlim=(0, reach), ylim=(-0.02 * reach, reach)
-    )
-    inset.set(xscale="log", yscale="log")
-    inset.tick_params(labelsize=6, pad=1)
-    inset.plot([1e-12, 10], [1e-12, 10], color=INK, lw=0.6, ls=":")
-    moved = np.concatenate([moved for moved, _ in motion.values()])
-    error = np.concatenate([error for _, error in motion.values()])
-    for name, values in (("x", moved), ("y", error)):
-        seen = values[np.isfinite(values) & (values > 0)]
-        inset.set(**{f"{name}lim": (np.quantile(seen, 0.002) / 2, np.quantile(seen, 0.998) * 2)})
-    ax.legend(fontsize=7, frameon=False, loc="upper left", markerscale=2.5)
+        both = np.stack([moved, error])
+        both = both[:, (np.isfinite(both) & (both > 0)).all(axis=0)]
+        ax.scatter(*both, s=6, color=color, alpha=0.4, lw=0, label=label, rasterized=True)
+        shown.append(both)
+    every = np.concatenate(shown, axis=1) if shown else np.empty((2, 0))
+    if not every.size:
+        every = np.ones((2, 1))
+    (left, bottom), (right, top) = np.quantile(every, 0.002, axis=1) / 2, np.quantile(every, 0.998, axis=1) * 2
+    ax.plot([left, right], [left, right], color=INK, lw=0.8, ls=":", label="error = motion")
+    ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, max(top, right)))
+    ax.set(xlabel="|motion| of a weight", ylabel="|error| of its forecast")
+    ax.legend(fontsize=9, frameon=False, markerscale=2.5)
     return ax
 
 
-def eigenvalues(ax: Axes, spectra: Mapping[str, np.ndarray]) -> Axes:
+def eigenvalues(ax: Axes, spectra: Mapping[str, np.ndarray], zoom: float | None = None) -> Axes:
     """Eigenvalues on the unit circle.
 
     Args:
+        ax: where to draw.
         spectra: label -> `(eigenvalues,)` complex.
+        zoom: half the width of the surroundings of 1 that are shown enlarged inside the circle; None: they are not.
     """
-    turn = np.exp(2j * np.pi * np.linspace(0, 1, 721))
-    ax.plot(turn.real, turn.imag, color=INK, lw=0.8)
-    for (label, values), color in zip(spectra.items(), COLORS, strict=False):
-        shown = values[values != 0]
-        ax.scatter(shown.real, shown.imag, s=9, color=color, alpha=0.5, lw=0, label=label)
+    angle = 2 * np.pi * np.linspace(0, 1, 721)
+    ax.plot(np.cos(angle), np.sin(angle), color=INK, lw=0.8)
     ax.set(xlabel=r"Re $\lambda$", ylabel=r"Im $\lambda$", aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25))
-    ax.legend(fontsize=8, frameon=False, loc="center left")
+    shown = {label: _coordinates(values[values != 0]) for label, values in spectra.items()}
+    _scatter(ax, shown)
+    if zoom:
+        inset = ax.inset_axes((0.16, 0.31, 0.38, 0.38))
+        unit = 10.0 ** np.floor(np.log10(zoom))
+        near = np.linspace(-zoom, zoom, 101)
+        inset.plot((np.sqrt(1 - near**2) - 1) / unit, near / unit, color=INK, lw=0.8)
+        _scatter(inset, {label: (places - [[1.0], [0.0]]) / unit for label, places in shown.items()})
+        inset.set(xlim=(-zoom / unit, zoom / unit), ylim=(-zoom / unit, zoom / unit), aspect="equal", yticks=[])
+        inset.tick_params(labelsize=9, pad=2)
+        inset.set_title(rf"$\lambda - 1$ in $10^{{{np.log10(unit):.0f}}}$", fontsize=9, pad=4)
+        lines = [((1, side * zoom), (0.54, 0.5 + side * 0.19)) for side in (-1, 1)]
+        for (x, y), corner in lines:
+            ax.annotate(
+                "", (x, y), corner, textcoords="axes fraction", arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.4}
+            )
+    ax.legend(fontsize=9, frameon=False)
     return ax
 
 
@@ -130,17 +177,35 @@ def error_growth(ax: Axes, ahead: Sequence[int], errors: Mapping[str, Sequence[f
     """Median error over motion against how far ahead the forecast is.
 
     Args:
+        ax: where to draw.
         ahead: optimizer steps.
         errors: label -> median |error| / |motion| at each.
     """
     for (label, values), color in zip(errors.items(), COLORS, strict=False):
-        ax.plot(ahead, values, "o-", ms=3.5, lw=1.5, color=color, label=label)
+        ax.plot(ahead, values, "o-", ms=4, lw=1.5, color=color, label=label)
     ax.axhline(1, color=INK, lw=0.8, ls=":")
     ax.set(xlabel="optimizer steps ahead", ylabel="median |error| / |motion|", yscale="log")
-    ax.legend(fontsize=8, frameon=False)
+    _steps_along(ax)
+    ax.legend(fontsize=9, frameon=False)
     return ax
 
 
-def _quartiles(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    low, middle, high = np.nanquantile(np.where(np.isfinite(values), values, np.nan), (0.25, 0.5, 0.75), axis=axis)
-    return low, middle, high
+def _coordinates(values: np.ndarray) -> np.ndarray:
+    return np.stack([np.real(values), np.imag(values)])
+
+
+def _scatter(ax: Axes, places: Mapping[str, np.ndarray]) -> None:
+    for (label, (x, y)), color in zip(places.items(), COLORS, strict=False):
+        ax.scatter(x, y, s=10, color=color, alpha=0.5, lw=0, label=label)
+
+
+def _steps_along(ax: Axes) -> None:
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.locator_params(axis="x", nbins=5)
+
+
+def _quartiles(values: np.ndarray, axis: int) -> np.ndarray:
+    """Over the finite values; NaN where there are none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that there are none
+        return np.nanquantile(np.where(np.isfinite(values), values, np.nan), (0.25, 0.5, 0.75), axis=axis)

@@ -10,7 +10,7 @@ import torch
 
 import koopt
 from koopt import metrics
-from koopt.experiments import figure2, oscillator, recording, report
+from koopt.experiments import figure2, oscillator, recording, report, system
 from koopt.experiments.methods import (
     OPTIMIZERS,
     Forecast,
@@ -34,6 +34,7 @@ PAPER = {  # Table 1: success, T_eq/T and speed-up at the nominal T
     "adagrad": (0.92, 1.00, 132.0),
     "adadelta": (1.00, 1.00, 141.0),
 }
+LAST_SEED = 2**64 - 1  # of torch.manual_seed
 PAPER_ERROR = 0.0044  # median |error| / |motion|, one figure for the node operators
 
 
@@ -45,8 +46,7 @@ def row(
     forecast_loss = loss_of(found.weights[horizon])
     won = metrics.success(forecast_loss, loss)
     steps, censored = metrics.equivalent_steps(forecast_loss, loss)
-    share = steps.double() / horizon
-    median_steps = steps.double().median().item()
+    median_steps = metrics.median(steps)
     start, truth = (weights_at(recorded, step) for step in (settings.t2, settings.t2 + horizon))
     line = {
         "optimizer": recorded.run.optimizer,
@@ -62,12 +62,12 @@ def row(
         "horizon": horizon / method.stride,
         "seeds": settings.seeds,
         "success": won.double().mean().item(),
-        "teq_over_T": share.median().item(),
-        "teq_over_T_mean": share.mean().item(),
+        "teq_over_T": median_steps / horizon,
+        "teq_over_T_mean": steps.double().mean().item() / horizon,
         "censored": censored.double().mean().item(),
         "error_over_motion": metrics.error_over_motion(found.weights[horizon], start, truth),
-        "residual": None if found.residual is None else found.residual.median().item(),
-        "max_modulus": None if found.modulus is None else found.modulus.median().item(),
+        "residual": None if found.residual is None else metrics.median(found.residual),
+        "max_modulus": None if found.modulus is None else metrics.median(found.modulus),
         "step_ms": 1e3 * cost.step,
         "jump_ms": 1e3 * cost.jump,
         "recording_ms": 1e3 * cost.recording,
@@ -95,15 +95,27 @@ def check(settings: Settings) -> None:
             raise ValueError(f"--optimizer is {optimizer!r}, expected {', '.join(OPTIMIZERS)} or all")
     if settings.seeds < 1:
         raise ValueError(f"--seeds is {settings.seeds}, expected at least 1")
-    if settings.seed < 0:
-        raise ValueError(f"--seed is {settings.seed}, expected 0 or more")
+    if not 0 <= settings.seed <= LAST_SEED - settings.seeds + 1:
+        raise ValueError(
+            f"--seed is {settings.seed}, expected 0 or more, and the last of {settings.seeds} seeds below 2^64"
+        )
+    trail, tail, stride = recording.TRAIL, settings.tail, settings.stride
+    t1, t2, last = settings.t1, settings.t2, settings.steps - settings.t2
+    if not 0 <= t1 <= t2 - trail or t1 % trail or t2 % trail:
+        raise ValueError(f"t1 and t2 are {t1} and {t2}, expected multiples of {trail}, t1 before t2")
+    if not 0 < 2 * stride <= tail <= t2 - t1 or tail % stride:
+        raise ValueError(
+            f"tail and stride are {tail} and {stride}, expected a tail of whole strides, at least two, "
+            f"within the window of {t2 - t1} steps"
+        )
     for horizon in settings.horizons:
-        last = settings.steps - settings.t2
-        if not 0 < horizon <= last or horizon % recording.TRAIL:
+        if not 0 < horizon <= last or horizon % trail:
             raise ValueError(
-                f"--horizon is {horizon}, expected a multiple of {recording.TRAIL} up to {last}: "
+                f"--horizon is {horizon}, expected a multiple of {trail} up to {last}: "
                 f"the data end at step {settings.steps}, {last} after t2"
             )
+        if settings.horizons.count(horizon) > 1:
+            raise ValueError(f"--horizon is given as {horizon} twice, expected different ones")
 
 
 def reproduce(
@@ -120,16 +132,14 @@ def reproduce(
         The rows of the table; None if the training was interrupted: what is recorded stays, the same call goes on.
 
     Raises:
-        ValueError: if a setting is out of range.
+        ValueError: if a setting is out of range, or earlier recordings are damaged or of other settings.
         OSError: if the folder cannot be written or the disk is too small.
 
     Source: Dogra & Redman (2020), Section 4, S5, S6 and S9.
     """
     check(settings)
     runs = [settings.run(optimizer) for optimizer in settings.optimizers]
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [run for run in runs if not (folder / "recordings" / run.name).exists()]
-    recording.require_space(folder, sum(run.nbytes for run in missing))
+    system.require_folder(folder, "--output")
     if not recording.record_all(runs, folder / "recordings", progress):
         return None
     threads = torch.get_num_threads()
@@ -168,8 +178,10 @@ def _evaluate(settings: Settings, folder: Path, progress: Callable[[str, int, in
     return rows
 
 
-def _rtol(method: Method) -> float:
+def _rtol(method: Method) -> float | None:
     """The cut in force: as given, or the default of ``koopt.fit`` for the largest patches."""
+    if method.options.get("difference"):
+        return method.options.get("rtol")  # the default depends on the data
     count = method.tail // method.stride + 1
     sizes = [index.shape[1] for index in koopt.partition(oscillator.Oscillator(), method.by).indices]
     return method.options.get("rtol", torch.finfo(torch.float64).eps * max(count, *sizes))

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import math
 import multiprocessing
 import os
 import queue
-import shutil
 import signal
+import threading
+import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from koopt.experiments import oscillator
+from koopt.experiments import oscillator, system
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,10 +60,22 @@ class Run:
         return f"{self.optimizer}-{self.seeds}x{self.steps}-seed{self.seed}"
 
     @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the arrays on disk; see :class:`Recording`."""
         size = len(oscillator.initial_weights(0))
-        return 8 * self.seeds * ((self.t2 - self.t1 + 1 + self.steps // TRAIL + 1) * size + self.steps + 1)
+        return {
+            "loss": (self.steps + 1, self.seeds),
+            "window": (self.t2 - self.t1 + 1, self.seeds, size),
+            "trail": (self.steps // TRAIL + 1, self.seeds, size),
+        }
+
+    def rows(self, step: int) -> dict[str, int]:
+        """How many rows of each array are written before `step` is."""
+        return {
+            "loss": step,
+            "window": min(max(step - self.t1, 0), self.t2 - self.t1 + 1),
+            "trail": -(-step // TRAIL),
+        }
 
 
 @dataclass(frozen=True)
@@ -90,44 +107,48 @@ def record(run: Run, folder: Path, advance: Callable[[int], bool]) -> bool:
         Whether the run is complete.
 
     Raises:
-        OSError: if the disk has less free space than the run needs.
+        ValueError: if what the subfolder holds is of another run, incomplete or damaged.
+        OSError: if the disk has less free space than the run needs, or another process is recording the same run.
     """
+    state = restart_point(run, folder)
+    going = advance(state["step"])
+    if state["step"] > run.steps or not going:
+        return state["step"] > run.steps
+    if state["step"] == 0:
+        system.require_space(folder, missing_bytes(run, folder))
     folder = folder / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    restart = folder / "restart.pt"
-    start = torch.stack([oscillator.initial_weights(run.seed + i) for i in range(run.seeds)])
-    weights = start.requires_grad_()
+    with system.alone(folder):
+        return _train(run, folder, state, advance)
+
+
+def _train(run: Run, folder: Path, state: dict[str, Any], advance: Callable[[int], bool]) -> bool:
+    step, checks = state["step"], state["crc32"]
+    weights = torch.stack([oscillator.initial_weights(run.seed + i) for i in range(run.seeds)]).requires_grad_()
     optimizer = OPTIMIZERS[run.optimizer]([weights])
-    step = 0
-    if restart.exists():
-        state = torch.load(restart, weights_only=True)
-        step = state["step"]
+    if step:
         with torch.no_grad():
             weights.copy_(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
+        arrays = _mapped(run, folder, step, checks, "r+")
     else:
-        require_space(folder, run.nbytes)
-    shapes = _shapes(run, weights.shape[1])
-    maps = {name: _open(folder / f"{name}.npy", shape, fresh=step == 0) for name, shape in shapes.items()}
+        arrays = {name: system.allocated(folder / f"{name}.npy", shape) for name, shape in run.shapes.items()}
     times = oscillator.time_points()
 
-    def save() -> None:
-        for array in maps.values():
-            array.flush()
-        state = {"step": step, "weights": weights.detach(), "optimizer": optimizer.state_dict(), "run": asdict(run)}
-        torch.save(state, restart.with_suffix(".tmp"))
-        os.replace(restart.with_suffix(".tmp"), restart)
+    def keep(name: str, row: int, values: np.ndarray) -> None:
+        arrays[name][row] = values
+        checks[name] = _checksum(values, checks[name])
 
-    going = advance(step)
+    going = True
     while going and step <= run.steps:
         optimizer.zero_grad()
         loss = oscillator.batched_loss(weights, times)
         values = weights.detach().numpy()
-        maps["loss"][step] = loss.detach().numpy()
+        keep("loss", step, loss.detach().numpy())
         if run.t1 <= step <= run.t2:
-            maps["window"][step - run.t1] = values
+            keep("window", step - run.t1, values)
         if step % TRAIL == 0:
-            maps["trail"][step // TRAIL] = values
+            keep("trail", step // TRAIL, values)
             going = advance(step)
         if step < run.steps:
             for group in optimizer.param_groups:
@@ -136,12 +157,17 @@ def record(run: Run, folder: Path, advance: Callable[[int], bool]) -> bool:
             optimizer.step()
         step += 1
         if step % SAVE == 0 or not going or step > run.steps:
-            save()
+            for array in arrays.values():
+                array.flush()
+            state = {"step": step, "crc32": checks, "weights": weights.detach(), "optimizer": optimizer.state_dict()}
+            _write_restart_point(run, folder, state)
     return step > run.steps
 
 
 def record_all(runs: Sequence[Run], folder: Path, progress: Callable[[str, int, int], None]) -> bool:
     """:func:`record` several runs, each in a process of its own, as many at a time as there are cores.
+
+    Ctrl-C lets each save where it is; a second one stops them at once, with up to 1,000 steps to be done again.
 
     Args:
         runs: what to train.
@@ -149,59 +175,132 @@ def record_all(runs: Sequence[Run], folder: Path, progress: Callable[[str, int, 
         progress: called with an optimizer's name, its step and its total.
 
     Returns:
-        Whether all are complete; False after Ctrl-C, when each has saved where it was.
+        Whether all are complete; False after Ctrl-C.
 
     Raises:
-        OSError: if a disk is too small or fails; the others save where they are.
+        ValueError: if what the folder holds is of another run, incomplete or damaged.
+        OSError: if the disk is too small or fails, or a process is killed; the others save where they are.
     """
+    steps = {run: restart_point(run, folder)["step"] for run in runs}
+    system.require_space(folder, sum(missing_bytes(run, folder) for run in runs if steps[run] == 0))
+    left = [run for run in runs if steps[run] <= run.steps]
+    for run in runs:
+        if run not in left:
+            opened(run, folder)  # damage shows before the others are trained
+    for run in runs:
+        progress(run.optimizer, min(steps[run], run.steps), run.steps)
+    if not left:
+        return True
     context = multiprocessing.get_context("spawn")
-    news, stop = context.Queue(), context.Event()
-    workers = min(len(runs), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, context, _start_worker, (news, stop)) as pool:
-        waiting = [pool.submit(_record_in_worker, run, folder) for run in runs]
+    news, stop = context.Queue(), context.RawValue("b", 0)  # without a lock that a killed worker could hold
+    others = set(multiprocessing.active_children())
+    workers = min(len(left), os.cpu_count() or 1)
+    with system.interrupts() as interrupts, ProcessPoolExecutor(workers, context, _start_worker, (news, stop)) as pool:
+        with system.interrupts(ignored=True):  # by the workers as well, which inherit it: they are told through `stop`
+            tasks = [pool.submit(_record_in_worker, run, folder) for run in left]
         try:
-            while not all(task.done() for task in waiting):
+            while not all(task.done() for task in tasks):
+                if interrupts or any(task.done() and task.exception() for task in tasks):
+                    stop.value = 1
+                if len(interrupts) > 1:
+                    for worker in set(multiprocessing.active_children()) - others:
+                        worker.kill()
                 with contextlib.suppress(queue.Empty):
-                    progress(*news.get(timeout=0.2))
-                if any(task.done() and task.exception() for task in waiting):
-                    stop.set()
-        except KeyboardInterrupt:
-            stop.set()
-        complete = [task.result() for task in waiting]
+                    progress(*news.get(timeout=0.1))
+        finally:
+            stop.value = 1
     with contextlib.suppress(queue.Empty):
         while True:
-            progress(*news.get(timeout=0.2))
-    return all(complete)
+            progress(*news.get(timeout=0.1))
+    try:
+        complete = [task.result() for task in tasks]  # of all: a later one may hold the error that stopped the first
+    except BrokenProcessPool as error:
+        if interrupts:
+            return False
+        raise OSError(
+            "a training process was killed, perhaps for want of memory; the same command goes on where it was"
+        ) from error
+    return all(complete) and not interrupts
 
 
 def opened(run: Run, folder: Path) -> Recording:
-    """The arrays of a complete run, read-only."""
-    folder = folder / run.name
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("loss", "window", "trail")}
-    return Recording(run, **arrays)
+    """The arrays of a complete run, read-only.
+
+    Raises:
+        ValueError: if the run is not complete, or damaged.
+    """
+    state = restart_point(run, folder)
+    if state["step"] <= run.steps:
+        raise ValueError(f"{folder / run.name} holds {state['step']} of {run.steps} steps; call record() to go on")
+    return Recording(run, **_mapped(run, folder / run.name, state["step"], state["crc32"], "r"))
 
 
-def require_space(folder: Path, nbytes: int) -> None:
-    """Refuse to start what the disk cannot hold."""
-    free = shutil.disk_usage(folder).free
-    if nbytes > free:
-        raise OSError(f"{folder}: the run needs {nbytes / 2**20:,.0f} MiB on disk, {free / 2**20:,.0f} MiB are free")
+def restart_point(run: Run, folder: Path) -> dict[str, Any]:
+    """Where a run stands: the step to be done next, and what it takes to do it; step 0 if nothing is kept.
+
+    Raises:
+        ValueError: if what is kept is of another run, or damaged.
+    """
+    path = folder / run.name / "restart.pt"
+    if not path.exists():
+        return {"step": 0, "crc32": dict.fromkeys(run.shapes, 0)}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sound = archive.testzip() is None  # torch does not look at the checksums
+        kept = torch.load(path, weights_only=True) if sound else {}
+        recorded = dict(kept["run"])
+        state = {name: kept[name] for name in ("step", "crc32", "weights", "optimizer")}
+    except OSError:
+        raise
+    except Exception as error:  # damage shows in many ways
+        raise ValueError(f"{path} is damaged; delete {path.parent} to train this run again") from error
+    for name, asked in asdict(run).items():
+        if recorded.get(name) != asked:
+            raise ValueError(
+                f"{path.parent} was recorded with {name} = {recorded.get(name)}, asked for is {asked}; "
+                "delete it or choose another folder"
+            )
+    return state
 
 
-def _shapes(run: Run, size: int) -> dict[str, tuple[int, ...]]:
-    return {
-        "loss": (run.steps + 1, run.seeds),
-        "window": (run.t2 - run.t1 + 1, run.seeds, size),
-        "trail": (run.steps // TRAIL + 1, run.seeds, size),
-    }
+def missing_bytes(run: Run, folder: Path) -> int:
+    """Bytes that a run from its first step will take on disk, beyond those that its files already have."""
+    wanted = sum(8 * math.prod(shape) for shape in run.shapes.values())
+    return max(0, wanted - sum(system.bytes_on_disk(folder / run.name / f"{name}.npy") for name in run.shapes))
 
 
-def _open(path: Path, shape: tuple[int, ...], fresh: bool) -> np.memmap:
-    array = np.lib.format.open_memmap(path, mode="w+" if fresh else "r+", dtype=np.float64, shape=shape)
-    if fresh and hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as file:  # a full disk is an error here, not a bus error at some later write
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
+def _write_restart_point(run: Run, folder: Path, state: dict[str, Any]) -> None:
+    content = io.BytesIO()
+    torch.save({**state, "run": asdict(run)}, content)
+    temporary = folder / "restart.tmp"
+    temporary.write_bytes(content.getbuffer())
+    os.replace(temporary, folder / "restart.pt")
+
+
+def _mapped(
+    run: Run, folder: Path, step: int, checks: dict[str, int], mode: Literal["r", "r+"]
+) -> dict[str, np.memmap]:
+    """The arrays of a run that stands before `step`, if they hold what was written to them."""
+    arrays, rows = {}, run.rows(step)
+    for name, shape in run.shapes.items():
+        path = folder / f"{name}.npy"
+        try:
+            # first without "r+", which would fill up a file that is cut off
+            array = np.lib.format.open_memmap(path, mode="r")
+            sound = array.shape == shape and array.dtype == np.float64
+            sound = sound and _checksum(array[: rows[name]]) == checks[name]
+        except PermissionError:
+            raise
+        except Exception:  # damage shows in many ways
+            sound = False
+        if not sound:
+            raise ValueError(f"{path} is missing or damaged; delete {folder} to train this run again")
+        arrays[name] = np.lib.format.open_memmap(path, mode=mode)
+    return arrays
+
+
+def _checksum(values: np.ndarray, before: int = 0) -> int:
+    return zlib.crc32(values.data, before) if values.size else before
 
 
 _news: Any = None
@@ -211,13 +310,21 @@ _stop: Any = None
 def _start_worker(news: Any, stop: Any) -> None:
     global _news, _stop
     _news, _stop = news, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells the workers to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it is not inherited
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # without it a worker whose parent was killed trains on, or waits for work, for ever
 
 
 def _record_in_worker(run: Run, folder: Path) -> bool:
     def advance(step: int) -> bool:
         _news.put((run.optimizer, min(step, run.steps), run.steps))
-        return not _stop.is_set()
+        return not _stop.value
 
     return record(run, folder, advance)

@@ -1,0 +1,187 @@
+"""Each figure draws on the Axes it is given, whatever the data; a warning is an error here."""
+
+import io
+import math
+
+import matplotlib.figure
+import numpy as np
+import pytest
+
+from koopt import plot
+
+STEPS = np.arange(0, 1001, 50)
+RNG = np.random.default_rng(0)
+LOSS = 3 * np.exp(-STEPS / 800)[:, None] * RNG.uniform(0.5, 2, size=(1, 5))
+NAN, INF = math.nan, math.inf
+
+
+def broken(values):
+    values = np.array(values, dtype=np.float64)
+    values[tuple(size // 2 for size in values.shape)] = NAN
+    values[tuple(size // 3 for size in values.shape)] = INF
+    return values
+
+
+def losses(loss, *forecasts):
+    named = {f"forecast {i}": (800, np.asarray(values)) for i, values in enumerate(forecasts)}
+    return {"steps": STEPS, "loss": loss, "window": (200, 400), "forecasts": named}
+
+
+def shares(*columns):
+    named = {f"method {i}\nT=1k": np.array(column, dtype=np.float64) for i, column in enumerate(columns)}
+    return {"shares": {label: (values, values > 1.2) for label, values in named.items()}}
+
+
+def paths(weights, forecast):
+    ahead = STEPS[10:] + 500
+    return {"steps": STEPS, "weights": weights, "t2": 500, "ahead": ahead, "forecast": forecast[: len(ahead)]}
+
+
+def motions(moved, error):
+    return {"motion": {"one": (np.array(moved), np.array(error)), "other": (np.array(moved), np.array(error) / 9)}}
+
+
+def spectra(*values, zoom=None):
+    return {"spectra": {f"operator {i}": np.array(v, dtype=complex) for i, v in enumerate(values)}, "zoom": zoom}
+
+
+def growth(*errors):
+    return {"ahead": [100, 200, 300], "errors": {f"method {i}": values for i, values in enumerate(errors)}}
+
+
+WEIGHTS = np.sin(STEPS[:, None] / np.array([300, 500, 700]))
+MOVED = RNG.lognormal(size=200)
+
+CASES = {
+    plot.loss_curves: {
+        "many seeds": losses(LOSS, LOSS[-1], 2 * LOSS[-1]),
+        "one seed": losses(LOSS[:, :1], [1.0]),
+        "constant": losses(np.ones((len(STEPS), 3)), np.ones(3)),
+        "constant zero": losses(np.zeros((len(STEPS), 3)), np.zeros(3)),
+        "many decades": losses(LOSS**9, LOSS[-1] ** 9),
+        "some NaN": losses(broken(LOSS), broken(LOSS[-1])),
+        "only NaN": losses(LOSS, np.full(5, NAN), np.full(5, INF)),
+        "training broke down": losses(np.full_like(LOSS, NAN), LOSS[-1]),
+        "no forecast": losses(LOSS),
+    },
+    plot.equivalent_steps: {
+        "many seeds": shares(RNG.uniform(0, 2, 25), RNG.uniform(0.9, 1.1, 25)),
+        "one seed": shares([0.9], [7.0]),
+        "constant": shares(np.ones(5)),
+        "no success": shares(np.zeros(5), np.zeros(5)),
+        "NaN": shares([0.5, NAN, 1.0], [NAN]),
+        "more methods than colors": shares(*np.ones((9, 3))),
+    },
+    plot.weight_paths: {
+        "weights": paths(WEIGHTS, WEIGHTS + 0.1),
+        "one weight": paths(WEIGHTS[:, :1], WEIGHTS[:, :1]),
+        "no motion": paths(np.zeros_like(WEIGHTS), np.zeros_like(WEIGHTS)),
+        "forecast runs away": paths(WEIGHTS, WEIGHTS * 1e30),
+        "NaN": paths(broken(WEIGHTS), broken(WEIGHTS)),
+        "only NaN": paths(WEIGHTS * NAN, WEIGHTS * NAN),
+    },
+    plot.error_against_motion: {
+        "weights": motions(MOVED, MOVED * RNG.lognormal(-3, size=200)),
+        "one weight": motions([0.5], [0.1]),
+        "constant": motions(np.ones(9), np.ones(9)),
+        "no motion": motions(np.zeros(9), np.ones(9)),
+        "no error": motions(np.ones(9), np.zeros(9)),
+        "nothing at all": motions([], []),
+        "NaN": motions(broken(MOVED), broken(MOVED * 0.1)),
+        "only NaN": motions(np.full(9, NAN), np.full(9, INF)),
+        "no method": {"motion": {}},
+    },
+    plot.eigenvalues: {
+        "spectra": spectra([1.0, 0.9j, -0.3], [0.99, 0.98 + 0.1j]),
+        "zoomed": spectra([1 + 1e-4j, 0.9999, 1.0001], [0.5, 0.999], zoom=2e-4),
+        "zoomed widely": spectra([0.8, 0.9], zoom=0.25),
+        "zeros are padding": spectra([0.0, 0.0, 1.0], [0.0]),
+        "NaN": spectra([NAN, 1.0, INF], zoom=0.01),
+        "none": spectra([]),
+    },
+    plot.error_growth: {
+        "methods": growth([1e-6, 1e-5, 1e-4], [0.1, 0.2, 0.4]),
+        "constant": growth([1.0, 1.0, 1.0]),
+        "no error": growth([0.0, 0.0, 0.0]),
+        "NaN": growth([0.1, NAN, INF], [NAN, NAN, NAN]),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "data"),
+    [
+        pytest.param(function, data, id=f"{function.__name__}: {name}")
+        for function, cases in CASES.items()
+        for name, data in cases.items()
+    ],
+)
+def test_draws_on_the_axes_given(function, data):
+    figure = matplotlib.figure.Figure(layout="constrained")
+    ax = figure.subplots()
+    assert function(ax, **data) is ax
+    assert ax.get_xlabel()
+    assert ax.get_ylabel()
+    assert all(math.isfinite(edge) for edge in (*ax.get_xlim(), *ax.get_ylim()))
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")  # ticks and layout are made here
+    assert drawn.getvalue().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("function", CASES)
+def test_every_method_stands_in_the_legend(function):
+    data = next(iter(CASES[function].values()))
+    ax = function(matplotlib.figure.Figure().subplots(), **data)
+    names = [text.get_text() for text in ax.get_legend().get_texts()] if ax.get_legend() else []
+    names += [label.get_text() for label in ax.get_xticklabels()]
+    given = next(
+        (value for value in data.values() if isinstance(value, dict)), {"trained": 0, "forecast": 0, "$t_2$": 0}
+    )
+    assert set(given) <= set(names)
+
+
+def points(ax):
+    """The centers of all scattered marks."""
+    return np.concatenate([marks.get_offsets() for marks in ax.collections if len(marks.get_offsets())])
+
+
+def test_what_is_larger_than_drawn_is_marked():
+    values, censored = np.array([0.5, 1.0, 9.0]), np.array([False, True, False])
+    ax = plot.equivalent_steps(matplotlib.figure.Figure().subplots(), {"T": (values, censored)}, top=1.5)
+    circles, triangles, _median = (marks for marks in ax.collections)
+    assert circles.get_offsets()[:, 1].tolist() == [0.5]
+    assert triangles.get_offsets()[:, 1].tolist() == [1.0, 1.5]
+
+
+def test_median_bar_of_an_even_number_of_seeds():
+    ax = plot.equivalent_steps(
+        matplotlib.figure.Figure().subplots(), {"T": (np.array([0.0, 1.0]), np.zeros(2, dtype=bool))}
+    )
+    assert ax.collections[-1].get_segments()[0][:, 1].tolist() == [0.5, 0.5]
+
+
+def test_padding_zeros_are_no_eigenvalues():
+    ax = plot.eigenvalues(matplotlib.figure.Figure().subplots(), {"one": np.array([0, 0.5 + 0.25j, 0])})
+    assert points(ax).tolist() == [[0.5, 0.25]]
+
+
+def test_enlarged_eigenvalues_keep_their_place():
+    values = np.array([1 - 2e-4 + 1e-4j, 0.5])
+    ax = plot.eigenvalues(matplotlib.figure.Figure().subplots(), {"one": values}, zoom=3e-4)
+    (inset,) = ax.child_axes
+    assert inset.get_title() == r"$\lambda - 1$ in $10^{-4}$"
+    assert points(inset)[0].tolist() == pytest.approx([-2, 1])
+    assert inset.get_xlim() == pytest.approx((-3, 3))
+
+
+def test_only_what_a_logarithm_shows_is_drawn():
+    motion, error = np.array([1.0, 0.0, 2.0, NAN, 3.0]), np.array([0.1, 0.1, 0.0, 0.1, 0.3])
+    ax = plot.error_against_motion(matplotlib.figure.Figure().subplots(), {"one": (motion, error)})
+    assert points(ax).tolist() == [[1.0, 0.1], [3.0, 0.3]]
+
+
+def test_a_narrow_loss_has_a_linear_axis_and_a_wide_one_a_logarithmic():
+    narrow, wide = (
+        plot.loss_curves(matplotlib.figure.Figure().subplots(), **losses(loss)) for loss in (1 + 0.01 * LOSS, LOSS**9)
+    )
+    assert (narrow.get_yscale(), wide.get_yscale()) == ("linear", "log")
