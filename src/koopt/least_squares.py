@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch.nn.functional import pad
 from koopt import linalg
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 
@@ -68,7 +71,11 @@ def from_svd(data: Tensor, options: Options, width: int | None = None) -> Fit:
         width = max(1, int(kept.sum(dim=-1).max())) if len(kept) else 1
     kept, values, directions = kept[:, :width], values[:, :width], directions[..., :width] * kept[:, None, :width]
     gain = left[..., :width] * (kept / torch.where(kept, values, 1.0)).unsqueeze(-2)
-    return _assemble(gain, directions.mT @ rows.mT, kept, data, options, rows=rows, directions=directions)
+
+    def residual(image: Tensor, z: Tensor) -> Tensor:
+        return _residual(rows, rows.mT @ image if options.snapshot_form else image, z)
+
+    return _assemble(gain, directions.mT @ rows.mT, kept, data, options, residual, rows, directions)
 
 
 def from_gram(data: Tensor, options: Options) -> Fit:
@@ -77,9 +84,12 @@ def from_gram(data: Tensor, options: Options) -> Fit:
     if options.snapshot_form:
         squared = linalg.gram(data, options.prepare)
         total, earlier = squared.diagonal(dim1=-2, dim2=-1).sum(dim=-1), squared[:, :-1, :-1]
+        residual = partial(_residual_from_gram, squared)
     else:
         rows = options.prepare(data.to(torch.float64))
-        total, earlier = rows.square().sum(dim=(-2, -1)), rows[:, :-1].mT @ rows[:, :-1]
+        earlier = rows[:, :-1].mT @ rows[:, :-1]
+        total = earlier.diagonal(dim1=-2, dim2=-1).sum(dim=-1) + rows[:, -1].square().sum(dim=-1)
+        residual = partial(_residual_from_moments, rows, total)
     _require_finite(total, data, options)
     squares, vectors, settled = linalg.leading_eigenvectors(earlier, options.rank)
     values = squares.clamp_min(0.0).sqrt()
@@ -93,7 +103,7 @@ def from_gram(data: Tensor, options: Options) -> Fit:
         directions = vectors * kept.unsqueeze(-2)
         coordinates = directions.mT @ rows.mT
         gain = coordinates[..., :-1].mT * inverse.square()
-    fitted = _assemble(gain, coordinates, kept, data, options, rows=rows, directions=directions, squared=squared)
+    fitted = _assemble(gain, coordinates, kept, data, options, residual, rows, directions)
     if bool(settled.all()):
         return fitted
     missed = (~settled).nonzero().squeeze(-1)
@@ -107,15 +117,15 @@ def _assemble(
     kept: Tensor,
     data: Tensor,
     options: Options,
+    residual_of: Callable[[Tensor, Tensor], Tensor],
     rows: Tensor | None,
     directions: Tensor | None,
-    squared: Tensor | None = None,
 ) -> Fit:
     """Put the operator together.
 
     `gain` `(patches, pairs, r)` maps the later rows to the image, `coordinates` `(patches, r, pairs + 1)` are the rows
     along the kept `directions` `(patches, columns, r)`. The rows are the prepared data, or their triangular factor, or
-    known by their Gram matrix `squared` alone.
+    None where their Gram matrix served.
     """
     if options.center:
         even = torch.full_like(gain[..., :1], 1.0 / gain.shape[-2])
@@ -132,11 +142,7 @@ def _assemble(
         transition[..., -1, :-1], transition[..., -1, -1] = 0.0, 1.0
     if options.projected:
         image = basis @ transition
-    if squared is not None:
-        residual = _residual_from_gram(squared, image, coordinates)
-    else:
-        assert rows is not None
-        residual = _residual(rows, rows.mT @ image if options.snapshot_form else image, coordinates)
+    residual = residual_of(image, coordinates)
     if options.snapshot_form and options.difference:  # from coefficients over increments to those over snapshots
         basis, image = (pad(c, (0, 0, 1, 0)) - pad(c, (0, 0, 0, 1)) for c in (basis, image))
     if options.center and not options.snapshot_form:
@@ -161,6 +167,15 @@ def _residual_from_gram(squared: Tensor, image: Tensor, coordinates: Tensor) -> 
     size = squared.diagonal(dim1=-2, dim2=-1)[:, 1:].sum(dim=-1).sqrt()
     error = (miss * (squared @ miss)).sum(dim=(-2, -1)).clamp_min(0.0).sqrt()
     return torch.where(size > 0, error / size, error)
+
+
+def _residual_from_moments(rows: Tensor, total: Tensor, image: Tensor, coordinates: Tensor) -> Tensor:
+    """The same with the image in the frame of the rows, whose sum of squares is known: no pass over a difference."""
+    z = coordinates[..., :-1]
+    size = total - rows[:, 0].square().sum(dim=-1)
+    cross = ((rows[:, 1:].mT @ z.mT) * image).sum(dim=(-2, -1))
+    error = size - 2 * cross + ((image.mT @ image) * (z @ z.mT)).sum(dim=(-2, -1))
+    return torch.where(size > 0, (error.clamp_min(0.0) / size).sqrt(), 0.0)
 
 
 def _earlier_mean(rows: Tensor) -> Tensor:
