@@ -2,14 +2,17 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import koopt
 
+README = Path(__file__).parent.parent / "README.md"
 OPTIONAL = ["beartype", "hypothesis", "jaxtyping", "matplotlib", "pandas", "pydmd", "pytest", "rich", "scipy"]
 
 
@@ -59,3 +62,17 @@ def test_no_module_shares_a_public_name():
     modules = {path.stem for path in root.rglob("*.py")} | {path.name for path in root.rglob("*") if path.is_dir()}
     assert {"operator", "partitions", "trajectory"} <= modules
     assert not modules & set(koopt.__all__)
+
+
+def test_the_readme_runs():
+    """Its Python examples, as they stand, on a small model."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1))
+    optimizer = torch.optim.Adam(model.parameters())
+    state, snapshots = torch.rand(4, 5), torch.rand(4, 8, 5)
+    names = {"koopt": koopt, "model": model, "optimizer": optimizer, "snapshots": snapshots, "state": state}
+    names["loader"] = [(None, None)] * 501
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(block, names)
+    assert len(names["traj"]) == 3

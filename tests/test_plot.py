@@ -117,7 +117,7 @@ CASES = {
     ],
 )
 def test_draws_on_the_axes_given(function, data):
-    figure = matplotlib.figure.Figure(layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(4, 3), dpi=50)
     ax = figure.subplots()
     assert function(ax, **data) is ax
     assert ax.get_xlabel()

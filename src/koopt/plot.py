@@ -119,23 +119,30 @@ def weight_paths(
 
 
 def error_against_motion(ax: Axes, motion: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Axes:
-    """Error of each weight against how far training moved it, in logarithms (Figure 2e).
+    """Error of each weight against how far training moved it, in logarithms, and as it is in an inset (Figure 2e).
 
     Args:
         ax: where to draw.
         motion: label -> (`(weights,)` motion, `(weights,)` error), both absolute; zeros and NaN are left out.
     """
     shown = []
+    inset = ax.inset_axes((0.60, 0.06, 0.37, 0.30))
     for (label, (moved, error)), color in zip(motion.items(), COLORS, strict=False):
         both = np.stack([moved, error])
         both = both[:, (np.isfinite(both) & (both > 0)).all(axis=0)]
         ax.scatter(*both, s=6, color=color, alpha=0.4, lw=0, label=label, rasterized=True)
+        inset.scatter(*both, s=3, color=color, alpha=0.4, lw=0, rasterized=True)
         shown.append(both)
     every = np.concatenate(shown, axis=1) if shown else np.empty((2, 0))
     if not every.size:
         every = np.ones((2, 1))
     (left, bottom), (right, top) = np.quantile(every, 0.002, axis=1) / 2, np.quantile(every, 0.998, axis=1) * 2
     ax.plot([left, right], [left, right], color=INK, lw=0.8, ls=":", label="error = motion")
+    inset.plot([0, right], [0, right], color=INK, lw=0.8, ls=":")
+    inset.set(xlim=(0, right / 2), ylim=(0, right / 2))
+    inset.set_title("linear", fontsize=8, pad=2)
+    inset.tick_params(labelsize=7, pad=1)
+    inset.locator_params(nbins=3)
     ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, max(top, right)))
     ax.set(xlabel="|motion| of a weight", ylabel="|error| of its forecast")
     ax.legend(fontsize=9, frameon=False, markerscale=2.5)

@@ -103,7 +103,7 @@ def _one_legend(figure: Any, axes: list[Any]) -> None:
 
 def draw_growth(settings: Settings, growth: dict[str, dict[str, list[float]]], folder: Path) -> str:
     """Error over motion against the horizon, one panel an optimizer; returns the file's name."""
-    figure = matplotlib.figure.Figure(figsize=(max(6, 4 * len(growth)), 3.6), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(max(7, 4 * len(growth)), 3.6), layout="constrained")
     axes = figure.subplots(1, len(growth), squeeze=False, sharey=True)[0]
     for axis, (optimizer, errors) in zip(axes, growth.items(), strict=True):
         plot.error_growth(axis, path(settings), errors)
