@@ -64,16 +64,6 @@ def test_factor_keeps_what_a_gram_matrix_loses():
     assert_close(values[:4], torch.logspace(0, -9, 4, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
-@SHAPES
-def test_thin_svd(shape):
-    rows = normal(7, *shape)
-    left, values, right = linalg.thin_svd(rows)
-    assert_close(left * values.unsqueeze(-2) @ right.mT, rows)
-    assert_close(values, torch.linalg.svdvals(rows))
-    for basis in (left, right):
-        assert_close(basis.mT @ basis, torch.eye(min(shape[-2:]), dtype=torch.float64).expand(*shape[:-2], -1, -1))
-
-
 def symmetric(values, seed=8):
     basis = torch.linalg.qr(normal(seed, len(values), len(values))).Q
     return basis * torch.tensor(values, dtype=torch.float64) @ basis.mT, basis

@@ -114,23 +114,6 @@ def _pieces(rows: Tensor, width: int, prepare: Callable[[Tensor], Tensor] | None
         yield exact if prepare is None else prepare(exact)
 
 
-def thin_svd(
-    rows: Float[Tensor, "*batch time state"],
-) -> tuple[Float[Tensor, "*batch time n"], Float[Tensor, "*batch n"], Float[Tensor, "*batch state n"]]:
-    """Singular value decomposition ``rows = left diag(values) right^T``, by QR first where there are many more rows.
-
-    >>> left, values, right = thin_svd(torch.tensor([[3.0, 0.0], [0.0, 5.0]]))
-    >>> values
-    tensor([5., 3.])
-    """
-    if rows.shape[-2] <= 2 * rows.shape[-1]:
-        left, values, right = torch.linalg.svd(rows, full_matrices=False)
-        return left, values, right.mT
-    tall, small = torch.linalg.qr(rows)
-    left, values, right = torch.linalg.svd(small, full_matrices=False)
-    return tall @ left, values, right.mT
-
-
 def leading_eigenvectors(
     symmetric: Float[Tensor, "batch n n"], count: int
 ) -> tuple[Float[Tensor, "batch count"], Float[Tensor, "batch n count"], Bool[Tensor, " batch"]]:
@@ -160,13 +143,16 @@ def leading_eigenvectors(
     block = torch.randn(size, width, generator=generator, dtype=torch.float64).to(symmetric.device)
     block = torch.linalg.qr(symmetric @ (symmetric @ block)).Q
     block, image, values, settled = _rayleigh_ritz(symmetric, block, count)
+    missed = ~settled
     for _ in range(SWEEPS):
-        if bool(settled.all()):
+        if not bool(missed.any()):
             break
         block = torch.linalg.qr(symmetric @ torch.linalg.qr(image).Q).Q
         block, image, values, settled = _rayleigh_ritz(symmetric, block, count)
-    if not bool(settled.all()):
-        missed = (~settled).nonzero().squeeze(-1)
+        lost = values[:, count - 1] * SUBSPACE_ERROR < EPS * values[:, 0]  # in the rounding of the matrix itself
+        missed = ~settled & ~lost
+    if bool(missed.any()):
+        missed = missed.nonzero().squeeze(-1)
         slow = symmetric[missed]
         exact = _rayleigh_ritz(slow, torch.linalg.eigh(slow).eigenvectors.flip(-1)[..., :width], count)
         block, _, values, settled = (

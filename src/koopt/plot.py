@@ -126,7 +126,7 @@ def error_against_motion(ax: Axes, motion: Mapping[str, tuple[np.ndarray, np.nda
         motion: label -> (`(weights,)` motion, `(weights,)` error), both absolute; zeros and NaN are left out.
     """
     shown = []
-    inset = ax.inset_axes((0.60, 0.06, 0.37, 0.30))
+    inset = ax.inset_axes((0.58, 0.07, 0.37, 0.24))
     for (label, (moved, error)), color in zip(motion.items(), COLORS, strict=False):
         both = np.stack([moved, error])
         both = both[:, (np.isfinite(both) & (both > 0)).all(axis=0)]
@@ -143,7 +143,9 @@ def error_against_motion(ax: Axes, motion: Mapping[str, tuple[np.ndarray, np.nda
     inset.set_title("linear", fontsize=8, pad=2)
     inset.tick_params(labelsize=7, pad=1)
     inset.locator_params(nbins=3)
-    ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, max(top, right)))
+    top = max(top, right)
+    bottom *= (bottom / top) ** 0.55  # room for the inset
+    ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
     ax.set(xlabel="|motion| of a weight", ylabel="|error| of its forecast")
     ax.legend(fontsize=9, frameon=False, markerscale=2.5)
     return ax
