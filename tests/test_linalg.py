@@ -1,5 +1,6 @@
 """Kernels against NumPy, SciPy and matrices solved by hand."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -62,6 +63,30 @@ def test_factor_keeps_what_a_gram_matrix_loses():
     rows = rows @ torch.linalg.qr(normal(6, 30, 4)).Q.mT
     values = torch.linalg.svdvals(linalg.triangular_factor(rows))
     assert_close(values[:4], torch.logspace(0, -9, 4, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@SHAPES
+def test_svd(shape):
+    rows = normal(7, *shape)
+    left, values, right = linalg.svd(rows)
+    assert_close(left * values.unsqueeze(-2) @ right.mT, rows)
+    for basis in (left, right):
+        assert_close(basis.mT @ basis, torch.eye(min(shape[-2:]), dtype=torch.float64).expand(*shape[:-2], -1, -1))
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for matrices, threads in ((torch.zeros(3, 2, 2), 1), (torch.zeros(2, 2), 2), (torch.zeros(1, 2, 2), 2)):
+            with linalg.one_thread_each(matrices):
+                assert torch.get_num_threads() == threads
+            assert torch.get_num_threads() == 2
+        with contextlib.suppress(KeyError), linalg.one_thread_each(torch.zeros(3, 2, 2)):
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def symmetric(values, seed=8):

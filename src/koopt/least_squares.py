@@ -64,12 +64,12 @@ def from_svd(data: Tensor, options: Options, width: int | None = None) -> Fit:
     else:
         rows = options.prepare(data.to(torch.float64))
     _require_finite(rows.square().sum(dim=(-2, -1)), data, options)
-    left, values, right = torch.linalg.svd(rows[:, :-1], full_matrices=False)
+    left, values, directions = linalg.svd(rows[:, :-1])
     values = values[:, : options.rank]
     kept = options.kept(values, data)
     if width is None:
         width = max(1, int(kept.sum(dim=-1).max())) if len(kept) else 1
-    kept, values, directions = kept[:, :width], values[:, :width], right.mT[..., :width] * kept[:, None, :width]
+    kept, values, directions = kept[:, :width], values[:, :width], directions[..., :width] * kept[:, None, :width]
     gain = left[..., :width] * (kept / torch.where(kept, values, 1.0)).unsqueeze(-2)
 
     def residual(image: Tensor, z: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,8 @@ def triangular_factor(
     factor = None
     for piece in _pieces(rows, CHUNK, prepare):
         tall = piece.mT if factor is None else torch.cat([factor, piece.mT], dim=-2)
-        factor = torch.linalg.qr(tall, mode="r").R
+        with one_thread_each(tall):
+            factor = torch.linalg.qr(tall, mode="r").R
     assert factor is not None
     return factor.mT
 
@@ -114,6 +116,51 @@ def _pieces(rows: Tensor, width: int, prepare: Callable[[Tensor], Tensor] | None
         yield exact if prepare is None else prepare(exact)
 
 
+@contextlib.contextmanager
+def one_thread_each(matrices: Tensor) -> Iterator[None]:
+    """Factor a batch of matrices on the CPU with one thread: they are taken one by one, and threads only wait in each.
+
+    >>> with one_thread_each(torch.zeros(2, 3, 3)):
+    ...     torch.get_num_threads()
+    1
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or matrices.is_cuda or matrices.dim() == 2 or matrices.shape[:-2].numel() < 2:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def svd(
+    matrix: Float[Tensor, "*batch m n"],
+) -> tuple[Float[Tensor, "*batch m r"], Float[Tensor, "*batch r"], Float[Tensor, "*batch n r"]]:
+    """The thin singular value decomposition ``matrix = left diag(values) right^T``.
+
+    >>> left, values, right = svd(torch.tensor([[3.0, 0.0], [0.0, 5.0]]))
+    >>> values
+    tensor([5., 3.])
+    """
+    with one_thread_each(matrix):
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left, values, right.mT
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    with one_thread_each(matrix):
+        return torch.linalg.qr(matrix).Q
+
+
+def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors, falling."""
+    with one_thread_each(symmetric):
+        values, vectors = torch.linalg.eigh(symmetric)
+    return values.flip(-1), vectors.flip(-1)
+
+
 def leading_eigenvectors(
     symmetric: Float[Tensor, "batch n n"], count: int
 ) -> tuple[Float[Tensor, "batch count"], Float[Tensor, "batch n count"], Bool[Tensor, " batch"]]:
@@ -141,20 +188,20 @@ def leading_eigenvectors(
     width = min(size, count + OVERSAMPLING)
     generator = torch.Generator().manual_seed(0)  # a fixed start: the same data always give the same operator
     block = torch.randn(size, width, generator=generator, dtype=torch.float64).to(symmetric.device)
-    block = torch.linalg.qr(symmetric @ (symmetric @ block)).Q
+    block = _orthonormal(symmetric @ (symmetric @ block))
     block, image, values, settled = _rayleigh_ritz(symmetric, block, count)
     missed = ~settled
     for _ in range(SWEEPS):
         if not bool(missed.any()):
             break
-        block = torch.linalg.qr(symmetric @ torch.linalg.qr(image).Q).Q
+        block = _orthonormal(symmetric @ _orthonormal(image))
         block, image, values, settled = _rayleigh_ritz(symmetric, block, count)
         lost = values[:, count - 1] * SUBSPACE_ERROR < EPS * values[:, 0]  # in the rounding of the matrix itself
         missed = ~settled & ~lost
     if bool(missed.any()):
         missed = missed.nonzero().squeeze(-1)
         slow = symmetric[missed]
-        exact = _rayleigh_ritz(slow, torch.linalg.eigh(slow).eigenvectors.flip(-1)[..., :width], count)
+        exact = _rayleigh_ritz(slow, _eigh(slow)[1][..., :width], count)
         block, _, values, settled = (
             old.index_copy(0, missed, new) for old, new in zip((block, image, values, settled), exact, strict=True)
         )
@@ -164,8 +211,7 @@ def leading_eigenvectors(
 def _rayleigh_ritz(symmetric: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best eigenvectors within the span of a block, their image, their eigenvalues, and whether they will do."""
     image = symmetric @ block
-    values, rotation = torch.linalg.eigh(block.mT @ image)
-    values, rotation = values.flip(-1), rotation.flip(-1)
+    values, rotation = _eigh(block.mT @ image)
     block, image = block @ rotation, image @ rotation
     error = (image - block * values.unsqueeze(-2))[..., :count].norm(dim=(-2, -1)) + EPS * values[..., 0]
     gap = values[..., count - 1] - (values[..., count] if values.shape[-1] > count else 0.0)
@@ -178,7 +224,8 @@ def eig(matrix: Float[Tensor, "*batch n n"]) -> tuple[Complex[Tensor, "*batch n"
     >>> eig(torch.tensor([[2.0]]))[0]
     tensor([2.+0.j])
     """
-    values, vectors = torch.linalg.eig(matrix.cpu())
+    with one_thread_each(matrix):
+        values, vectors = torch.linalg.eig(matrix.cpu())
     return values.to(matrix.device), vectors.to(matrix.device)
 
 
