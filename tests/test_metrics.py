@@ -47,6 +47,22 @@ def test_success_and_equivalent_steps(case):
     assert marked.tolist() == [censored]
 
 
+@pytest.mark.parametrize(("forecast", "steps"), [(4.5, 50), (4.0, 100), (3.25, 175), (3.0, 200), (2.9, 200), (5.0, 0)])
+def test_between_the_ends_of_epochs_the_loss_is_straight(forecast, steps):
+    loss = torch.tensor([[5.0], [4.0], [3.0]])
+    found, censored = metrics.equivalent_steps(torch.tensor([forecast]), loss, every=100)
+    assert (found.tolist(), censored.tolist()) == ([steps], [forecast < 3.0])
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_steps_between_rows_never_pass_the_row_that_reaches_the_loss(case):
+    loss, forecast, *_ = case
+    forecast, loss = torch.tensor([forecast]), torch.tensor(loss).unsqueeze(1)
+    (rows, marked), (steps, censored) = (metrics.equivalent_steps(forecast, loss, every) for every in (1, 1000))
+    assert marked == censored
+    assert 1000 * (rows - 1).clamp(min=0) <= steps <= 1000 * rows
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_seeds_do_not_mix(dtype):
     columns = [case for case in CASES.values() if len(case[0]) == len(FALLING)]

@@ -823,3 +823,34 @@ def test_cuda(time, state, rank, variant):
     assert_close(there.residual.cpu(), here.residual)
     if not variant["difference"]:
         near(there.advance(snapshots[:, 0].cuda(), 2).cpu(), here.advance(snapshots[:, 0], 2), 1e-7)
+
+
+# a coarse cut
+
+
+@FORMS
+@EVERY_VARIANT
+@pytest.mark.parametrize("rank", [None, 5])
+def test_a_coarse_cut_by_the_gram_matrix_is_that_of_the_svd(snapshot_form, variant, rank):
+    """Singular values fall to 1e-6 of the largest, with a gap across the cut at 1e-4."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(3, size, 8, generator=generator, dtype=torch.float64) for size in (18, 12))
+    scales = torch.tensor([1.0, 0.5, 0.1, 0.02, 4e-3, 1e-3, 3e-6, 1e-6], dtype=torch.float64)
+    data = torch.linalg.qr(left).Q * scales @ torch.linalg.qr(right).Q.mT
+    asked = least_squares.Options(rank or 8, 1e-4, snapshot_form, **variant, batch=(3,))
+    assert asked.share(data) >= least_squares.GRAM_RTOL
+    found, expected = least_squares.fit(data, asked), least_squares.from_svd(data, asked)
+    assert torch.equal(found.rank, expected.rank)
+    assert int(expected.rank.max()) < 8
+    forecasts = [fit.image @ fit.transition @ fit.transition @ fit.start.unsqueeze(-1) for fit in (found, expected)]
+    assert_close(*forecasts, atol=1e-7 * expected.image.abs().max().item(), rtol=1e-6)
+    assert_close(found.residual, expected.residual, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("time", [60, 200])
+def test_long_float32_windows_are_fitted_as_by_the_printed_algorithm(time):
+    """Their default cut is coarse enough for a Gram matrix, in both forms."""
+    generator = torch.Generator().manual_seed(1)
+    drift = torch.linspace(0, 1, time).unsqueeze(1) * torch.randn(1, 100, generator=generator)
+    data = 1 + drift + 0.01 * torch.randn(time, 100, generator=generator)
+    near(koopt.fit(data).forecast(3), algorithm_1(data, 3), tolerance=1e-5)

@@ -13,7 +13,20 @@ import torch
 import koopt
 
 README = Path(__file__).parent.parent / "README.md"
-OPTIONAL = ["beartype", "hypothesis", "jaxtyping", "matplotlib", "pandas", "pydmd", "pytest", "rich", "scipy"]
+OPTIONAL = [
+    "beartype",
+    "hypothesis",
+    "jaxtyping",
+    "jinja2",
+    "matplotlib",
+    "pandas",
+    "playwright",
+    "pooch",
+    "pydmd",
+    "pytest",
+    "rich",
+    "scipy",
+]
 
 
 def imported_by(code):

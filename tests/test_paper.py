@@ -160,7 +160,7 @@ def test_the_papers_own_figures_stand_beside_the_node_operators(outcome):
 def test_result_json_holds_the_rows(outcome):
     rows, folder = outcome
     result = strict(folder / "result.json")
-    assert list(result) == ["experiment", "settings", "machine", "rows", "figures"]
+    assert list(result) == ["experiment", "settings", "machine", "rows", "figures", "seconds"]
     assert result["experiment"] == "de-solver"
     assert (
         methods.Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in result["settings"].items()}) == SMALL
@@ -265,8 +265,9 @@ def test_every_jump_can_be_timed(growth):
     start = oscillator.initial_weights(0) * 1e-200
     window = start * growth ** torch.arange(401, dtype=torch.float64).unsqueeze(1)
     for method in methods.methods(replace(SMALL, t1=0, t2=400, tail=400)):
-        arguments = (method.stride, 1500, method.method, method.by, method.options, 1)
-        jump, recorded = timing.jump_seconds(window[-1 - method.tail :], *arguments)
+        arguments = (window[-1 - method.tail :], method.tail // method.stride + 1, method.stride, 1500, 1)
+        asked = {"method": method.method, "by": method.by, **method.options}
+        jump, recorded = timing.jump_seconds(timing.network_at(start), *arguments, **asked)
         assert 0 < jump < 5
         assert 0 < recorded < 5
 

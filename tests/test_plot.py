@@ -49,6 +49,45 @@ def growth(*errors):
     return {"ahead": [100, 200, 300], "errors": {f"method {i}": values for i, values in enumerate(errors)}}
 
 
+def curves(*taken):
+    sizes = np.array([16, 32, 64])
+    return {"curves": {f"operator {i}": (sizes, np.array(t), 2.5 if i == 0 else None, 3) for i, t in enumerate(taken)}}
+
+
+def gains(gain, expected):
+    gain, expected = np.array(gain), np.array(expected)
+    return {"rows": range(16, 16 + len(gain)), "columns": range(gain.shape[1]), "gain": gain, "expected": expected}
+
+
+def learning(*errors):
+    named = {f"curve {i}": (STEPS, error[:, 0], np.full(len(STEPS), 0.02)) for i, error in enumerate(errors)}
+    return {"steps": STEPS, "smoothed": LOSS[:, 0] / 10, "window": 300, "curves": named}
+
+
+def sizes(mean):
+    errors = {f"operator {i}": np.array([mean, np.full(len(mean), 0.01)]) for i in range(3)}
+    places = [10 * 3**i for i in range(len(mean))]
+    return {"sizes": places, "errors": errors, "careful": errors, "baselines": {"training": errors["operator 0"]}}
+
+
+def offers(offered, achieved=None):
+    offered = np.array(offered, dtype=np.float64)
+    achieved = offered if achieved is None else np.array(achieved, dtype=np.float64)
+    share = np.linspace(1, 0, len(offered))
+    return {
+        "steps": STEPS[: len(offered)].tolist(),
+        "offered": offered,
+        "achieved": achieved,
+        "failed": share,
+        "fixed": 2500,
+    }
+
+
+def expectations(expected, actual):
+    both = np.array(expected, dtype=np.float64), np.array(actual, dtype=np.float64)
+    return {"pairs": {"one": both, "other": both}, "tolerance": 0.1}
+
+
 WEIGHTS = np.sin(STEPS[:, None] / np.array([300, 500, 700]))
 MOVED = RNG.lognormal(size=200)
 
@@ -99,11 +138,51 @@ CASES = {
         "NaN": spectra([NAN, 1.0, INF], zoom=0.01),
         "none": spectra([]),
     },
+    plot.error_curves: {
+        "curves": learning(LOSS / 10, LOSS / 20),
+        "NaN": learning(np.where(LOSS > 1, NAN, LOSS), np.where(LOSS > 1, INF, LOSS)),
+        "only NaN": learning(np.full_like(LOSS, NAN)),
+        "more curves than colors": learning(*[LOSS / 10] * 9),
+    },
+    plot.error_against_size: {
+        "sizes": sizes([0.1, 0.2, 0.3]),
+        "one size": sizes([0.1]),
+        "NaN": sizes([0.1, NAN, INF]),
+        "only NaN": sizes([NAN, NAN]),
+    },
+    plot.offered_horizons: {
+        "many seeds": offers([[0, 100], [900, 1300], [4200, 4900]], [[0, 0], [900, 2800], [9400, 9400]]),
+        "one seed": offers([[0], [900]]),
+        "one time": offers([[0, 900]]),
+        "all refused": offers(np.zeros((3, 2))),
+        "NaN": offers(np.full((3, 2), NAN), [[INF, 1], [NAN, 2], [3, 4]]),
+    },
+    plot.calibration: {
+        "errors": expectations([1e-3, 1e-2, 0.1], [1e-4, 2e-2, 0.05]),
+        "one": expectations([1e-3], [1e-3]),
+        "zeros": expectations([0, 0.1], [0, 0]),
+        "NaN": expectations([NAN, INF, 0.1], [0.1, 0.1, NAN]),
+        "none": expectations([], []),
+    },
     plot.error_growth: {
         "methods": growth([1e-6, 1e-5, 1e-4], [0.1, 0.2, 0.4]),
         "constant": growth([1.0, 1.0, 1.0]),
         "no error": growth([0.0, 0.0, 0.0]),
         "NaN": growth([0.1, NAN, INF], [NAN, NAN, NAN]),
+    },
+    plot.scaling: {
+        "operators": curves([1e-6, 1e-5, 1e-4], [2e-6, 2e-6, 2e-6]),
+        "one point": curves([1e-6, NAN, NAN]),
+        "constant": curves([1e-3, 1e-3, 1e-3]),
+        "too large": curves([NAN, NAN, NAN]),
+        "too fast for the clock": curves([0.0, 0.0, 1e-9]),
+        "none": {"curves": {}},
+    },
+    plot.gains: {
+        "a map": gains([[0.1, 2.0], [30.0, 4e5]], [[0.5, 2.0], [2.0, 2.0]]),
+        "one cell": gains([[1.0]], [[1.0]]),
+        "too large": gains([[0.5, NAN]], [[0.5, 2.0]]),
+        "all too large": gains([[NAN, NAN]], [[2.0, 2.0]]),
     },
 }
 
@@ -128,12 +207,15 @@ def test_draws_on_the_axes_given(function, data):
     assert drawn.getvalue().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("function", CASES)
+@pytest.mark.parametrize(
+    "function", CASES.keys() - {plot.gains, plot.offered_horizons}, ids=lambda function: function.__name__
+)
 def test_every_method_stands_in_the_legend(function):
     data = next(iter(CASES[function].values()))
     ax = function(matplotlib.figure.Figure().subplots(), **data)
     names = [text.get_text() for text in ax.get_legend().get_texts()] if ax.get_legend() else []
     names += [label.get_text() for label in ax.get_xticklabels()]
+    names += [name.partition(":")[0] for name in names]  # what follows is a figure
     given = next(
         (value for value in data.values() if isinstance(value, dict)), {"trained": 0, "forecast": 0, "$t_2$": 0}
     )
@@ -185,3 +267,81 @@ def test_a_narrow_loss_has_a_linear_axis_and_a_wide_one_a_logarithmic():
         plot.loss_curves(matplotlib.figure.Figure().subplots(), **losses(loss)) for loss in (1 + 0.01 * LOSS, LOSS**9)
     )
     assert (narrow.get_yscale(), wide.get_yscale()) == ("linear", "log")
+
+
+def test_dotted_lines_have_the_slope_of_the_theory_and_end_at_the_largest_size():
+    ax = plot.scaling(
+        matplotlib.figure.Figure().subplots(),
+        {"node": (np.array([4, 8, 16]), np.array([3.0, 8.0, NAN]), -0.04, 3)},
+        colors=["red"],
+    )
+    measured, dotted = ax.get_lines()
+    assert measured.get_xydata().tolist() == [[4, 3], [8, 8]]
+    assert dotted.get_xydata().tolist() == [[4, 1], [8, 8]]
+    assert {measured.get_color(), dotted.get_color()} == {"red"}
+    assert ax.get_legend().get_texts()[0].get_text() == "node: 0.0 (3)"
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["5"]
+
+
+def test_gains_and_the_edge_of_where_they_are_expected():
+    gain = np.array([[12.3, 0.456], [1234.0, NAN]])
+    expected = np.array([[0.5, 2.0], [1.0, 2.0]])  # 1 is no gain
+    ax = plot.gains(matplotlib.figure.Figure().subplots(), [16, 32], [1, 1024], gain, expected)
+    assert {text.get_position(): text.get_text() for text in ax.texts} == {
+        (0, 0): "12",
+        (1, 0): "0.46",
+        (0, 1): "1,234",
+        (1, 1): "too large",
+    }
+    assert [line.get_xydata().tolist() for line in ax.get_lines()] == [
+        [[0.5, -0.5], [0.5, 0.5]],
+        [[0.5, 0.5], [0.5, 1.5]],
+    ]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "1,024"]
+    across = plot.gains(matplotlib.figure.Figure().subplots(), [16, 32], [1, 1024], gain, expected.T)
+    assert [line.get_xydata().tolist() for line in across.get_lines()] == [
+        [[-0.5, 0.5], [0.5, 0.5]],
+        [[0.5, 0.5], [1.5, 0.5]],
+    ]
+
+
+def test_error_curves_keep_their_values_and_bands():
+    steps, mean, spread = np.array([0.0, 10.0]), np.array([0.2, 0.1]), np.array([0.02, 0.03])
+    data = {"training": (steps, mean, spread), "operator": (steps, mean / 2, spread)}
+    ax = plot.error_curves(matplotlib.figure.Figure().subplots(), steps, mean, 5, data)
+    smoothed, first, second = (line.get_ydata().tolist() for line in ax.get_lines())
+    assert (smoothed, first, second) == ([0.2, 0.1], [0.2, 0.1], [0.1, 0.05])
+    bands = [set(np.round(band.get_paths()[0].vertices[:, 1], 6)) for band in ax.collections]
+    assert bands == [{0.18, 0.22, 0.07, 0.13}, {0.08, 0.12, 0.02}]
+
+
+def test_careful_data_are_drawn_in_the_color_of_their_operator():
+    given = sizes([0.1, 0.2])
+    given["careful"] = {label: 0.5 * errors for label, errors in given["errors"].items()}
+    ax = plot.error_against_size(matplotlib.figure.Figure().subplots(), **given)
+    lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
+    for label in given["errors"]:
+        plain, careful = lines[label], lines[f"{label}, careful"]
+        assert plain.get_color() == careful.get_color()
+        assert (plain.get_ydata().tolist(), careful.get_ydata().tolist()) == ([0.1, 0.2], [0.05, 0.1])
+        assert plain.get_linestyle() != careful.get_linestyle()
+
+
+def test_offered_and_achieved_horizons_are_medians_over_seeds():
+    data = offers([[0, 0, 900], [100, 300, 400]], [[0, 100, 100], [900, 900, 2800]])
+    ax = plot.offered_horizons(matplotlib.figure.Figure().subplots(), **data)
+    achieved, offered, fixed = (line.get_ydata() for line in ax.get_lines())
+    assert achieved.tolist() == [100, 900]
+    assert offered.tolist() == [0, 300]
+    assert list(fixed) == [2500, 2500]
+    assert "share of seeds where 2,500 steps fail" in ax.get_legend_handles_labels()[1]
+
+
+def test_calibration_counts_what_came_below_what_was_expected():
+    pairs = {"one": (np.array([0.1, 0.2, 0.3, 0.4, 0.0]), np.array([0.1, 0.1, 0.1, 0.5, 0.1]))}
+    ax = plot.calibration(matplotlib.figure.Figure().subplots(), pairs, 0.2)
+    assert ax.get_legend().get_texts()[0].get_text() == "one: 75% below expected"
+    assert points(ax).tolist() == [[0.1, 0.1], [0.2, 0.1], [0.3, 0.1], [0.4, 0.5]]
+    diagonal, tolerance = (line.get_xydata().tolist() for line in ax.get_lines())
+    assert diagonal == [[0.1, 0.1], [0.5, 0.5]]
+    assert {x for x, _ in tolerance} == {0.2}

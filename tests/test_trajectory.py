@@ -267,7 +267,7 @@ def test_memory_is_taken_at_the_start_and_as_said(dtype, average):
 
 def test_more_memory_than_is_free_is_refused_with_the_numbers(monkeypatch):
     model = nn.Linear(1023, 1024)  # 2^20 weights
-    monkeypatch.setattr(module, "_free_memory", lambda device: 2**31)
+    monkeypatch.setattr(module, "free_memory", lambda device: 2**31)
     assert koopt.Trajectory(model, window=512).nbytes == 2**31
     message = (
         r"window: 513 snapshots of 1,048,576 weights in torch.float32 need 2 GiB, cpu has 2 GiB free; take a smaller"
@@ -278,10 +278,10 @@ def test_more_memory_than_is_free_is_refused_with_the_numbers(monkeypatch):
         koopt.Trajectory(model, window=2559, dtype=torch.float64, average=True)
 
 
-def test_free_memory_is_probed():
-    free = module._free_memory(torch.device("cpu"))
+def testfree_memory_is_probed():
+    free = module.free_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
-    assert module._free_memory(torch.device("meta")) is None
+    assert module.free_memory(torch.device("meta")) is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line: ``koopt reproduce de-solver``."""
+"""The command line: ``koopt reproduce EXPERIMENT``."""
 
 from __future__ import annotations
 
@@ -15,18 +15,13 @@ import koopt
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-COLUMNS = {
-    "setting": "setting",
-    "by": "operator",
-    "success": "success",
-    "teq_over_T": "T_eq/T",
-    "teq_over_T_mean": "…\nmean",
-    "censored": "cen-\nsored",
-    "error_over_motion": "error/\nmotion",
-    "residual": "resi-\ndual",
-    "max_modulus": "max\n|λ|",
-    "speedup": "speed-\nup",
-    "speedup_with_recording": "… with\nrecord.",
+ORDER = ("de-solver", "mnist", "perceptron", "complexity", "horizon")
+HELP = {
+    "de-solver": "Table 1 and Figures 2, S5 and S6",
+    "mnist": "Section 5, Table 2 and Figure 3",
+    "perceptron": "S8, Table S3 and Figure S4",
+    "complexity": "S7: what operators cost, in theory and as measured",
+    "horizon": "the open question of when to start and stop",
 }
 
 
@@ -68,58 +63,120 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     reproduce = commands.add_parser("reproduce", help="rerun an experiment of the paper")
     experiments = reproduce.add_subparsers(required=True, metavar="EXPERIMENT")
-    solver = experiments.add_parser("de-solver", help="Table 1 and Figures 2, S5 and S6")
-    solver.set_defaults(command=_reproduce_de_solver)
-    solver.add_argument("--optimizer", default="all", help="adam, adagrad, adadelta or all (default)")
-    solver.add_argument(
-        "--output",
-        type=Path,
-        default=Path("results/de-solver"),
-        metavar="DIR",
-        help="where recordings, figures and result.json go (%(default)s)",
-    )
-    solver.add_argument("--seed", type=int, default=0, help="first seed (%(default)s)")
-    solver.add_argument("--seeds", type=int, help="how many networks (25; 5 with --quick)")
-    solver.add_argument(
-        "--horizon",
-        type=int,
-        action="append",
-        metavar="T",
-        help="optimizer steps ahead, a multiple of 100; may be repeated",
-    )
-    solver.add_argument("--quick", action="store_true", help="fewer steps and seeds, about two minutes")
+    for name, about in [*HELP.items(), ("all", "all of these, and one report of them")]:
+        experiment = experiments.add_parser(name, help=about, description=about)
+        experiment.set_defaults(command=_reproduce_all if name == "all" else _reproduce_one, name=name)
+        experiment.add_argument(
+            "--output",
+            type=Path,
+            default=Path("results") / name,
+            metavar="DIR",
+            help="where recordings, figures and result.json go (%(default)s)",
+        )
+        experiment.add_argument("--seed", type=int, default=0, help="first seed (%(default)s)")
+        experiment.add_argument(
+            "--quick", action="store_true", help="in small, to look at: minutes, not figures to cite"
+        )
+        if name in ("de-solver", "mnist"):
+            experiment.add_argument("--seeds", type=int, help="how many networks (25; 4 or 5 with --quick)")
+        if name == "de-solver":
+            experiment.add_argument("--optimizer", default="all", help="adam, adagrad, adadelta or all (default)")
+            experiment.add_argument(
+                "--horizon",
+                type=int,
+                action="append",
+                metavar="T",
+                help="optimizer steps ahead, a multiple of 100; may be repeated",
+            )
     return parser
 
 
-def _reproduce_de_solver(given: argparse.Namespace) -> int:
+def _settings(name: str, given: argparse.Namespace) -> Any:
+    """What is asked for: the experiment's own settings, those of --quick, and what was given."""
     from dataclasses import replace
 
+    experiment = _experiment(name)
+    chosen: dict[str, Any] = {"seed": given.seed}
+    if getattr(given, "optimizer", "all") != "all":
+        chosen["optimizers"] = (given.optimizer,)
+    if getattr(given, "seeds", None) is not None:
+        chosen["seeds"] = given.seeds
+    if getattr(given, "horizon", None):
+        chosen["horizons"] = tuple(given.horizon)
+    return replace(experiment.QUICK if given.quick else experiment.Settings(), **chosen)
+
+
+def _experiment(name: str) -> Any:
+    import importlib
+
+    return importlib.import_module(f"koopt.experiments.{name.replace('-', '_')}")
+
+
+def _reproduce_one(given: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from koopt.experiments import de_solver, methods, report
-
-    chosen: dict[str, Any] = {"seed": given.seed}
-    if given.optimizer != "all":
-        chosen["optimizers"] = (given.optimizer,)
-    if given.seeds is not None:
-        chosen["seeds"] = given.seeds
-    if given.horizon:
-        chosen["horizons"] = tuple(given.horizon)
-    settings = replace(methods.QUICK if given.quick else methods.Settings(), **chosen)
+    settings = _settings(given.name, given)
     with _progress() as progress:
-        rows = de_solver.reproduce(settings, given.output, progress)
+        rows = _experiment(given.name).reproduce(settings, given.output, progress)
     if rows is None:
         raise KeyboardInterrupt
+    from koopt.experiments import report
+
+    report.add_command(given.output, _command(given.name, given))
     console = Console()
     console.width = max(console.width, 100)  # a wrapped table is easier to read than a cut one
-    for optimizer in settings.optimizers:
-        for horizon in settings.horizons:
-            title = f"\n{optimizer.capitalize()}, T = {horizon:,}, {settings.seeds} seeds"
-            listed = [row for row in rows if row["optimizer"] == optimizer and row["T"] == horizon]
-            console.print(report.table(title, COLUMNS, [*listed, *report.paper_row(listed)]))
-    console.print("\nthe paper: T = 2,500, 25 seeds; speed-up without recording", highlight=False)
-    console.print(f"figures and result.json: {given.output}", highlight=False)
+    for title, columns, listed in _experiment(given.name).tables(settings, rows):
+        console.print(report.table(f"\n{title}", columns, [*listed, *report.paper_row(listed)]))
+    for finding in report.findings(given.output):
+        console.print(f"- {finding}", highlight=False)
+    console.print(f"\nfigures and result.json: {given.output}", highlight=False)
     return 0
+
+
+def _reproduce_all(given: argparse.Namespace) -> int:
+    """Every experiment into a folder of its own, then the report of those that are there."""
+    from koopt.experiments import page, report, system
+
+    system.require_folder(given.output, "--output")
+    folders = {name: given.output / name for name in ORDER}
+    failures, interrupted = [], False
+    with _progress() as progress:
+        for name in ORDER:
+            more = {"recordings": folders["de-solver"] / "recordings"} if name == "horizon" else {}
+            try:
+                settings = _settings(name, given)
+                if name == "horizon":  # of the networks that are already trained
+                    from dataclasses import replace
+
+                    settings = replace(settings, solver=_settings("de-solver", given))
+                rows = _experiment(name).reproduce(settings, folders[name], progress, **more)
+            except (ValueError, OSError) as error:
+                failures.append(f"{name}: {_one_line(str(error))}")
+                continue
+            except KeyboardInterrupt:
+                rows = None
+            if rows is None:
+                interrupted = True
+                break
+            report.add_command(folders[name], _command(name, given))
+    written = page.write(folders, given.output / "report" / "index.html")
+    print(f"report: {written}")
+    for failure in failures:
+        print(f"koopt: {failure}", file=sys.stderr)
+    if interrupted:
+        raise KeyboardInterrupt
+    return 2 if failures else 0
+
+
+def _command(name: str, given: argparse.Namespace) -> str:
+    """What repeats an experiment; where its output goes does not matter."""
+    words = ["koopt reproduce", name]
+    words += ["--quick"] if given.quick else []
+    words += [f"--seed {given.seed}"] if given.seed else []
+    words += [f"--seeds {given.seeds}"] if getattr(given, "seeds", None) is not None else []
+    words += [f"--optimizer {given.optimizer}"] if getattr(given, "optimizer", "all") != "all" else []
+    words += [f"--horizon {horizon}" for horizon in getattr(given, "horizon", None) or ()]
+    return " ".join(words)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+GRAM_RTOL = 1e-5  # cuts from here on leave nothing that squaring would lose
+
 
 class Options(NamedTuple):
     """What :func:`koopt.fit` was asked for, with `rank` the most that the shapes allow and `batch` the leading axes."""
@@ -32,14 +34,17 @@ class Options(NamedTuple):
         rows = rows.diff(dim=-2) if self.difference else rows
         return rows - _earlier_mean(rows) if self.center else rows
 
+    def share(self, data: Tensor) -> float:
+        """Of a patch's largest singular value, up to which others are cut."""
+        eps = torch.finfo(data.dtype).eps
+        return max(min(eps * max(data.shape[-2:]), eps**0.5) if self.rtol is None else self.rtol, linalg.EPS)
+
     def kept(self, values: Tensor, data: Tensor) -> Tensor:
         """Which singular values of each patch are not cut."""
-        eps, largest = torch.finfo(data.dtype).eps, values[:, 0]
-        rtol = min(eps * max(data.shape[-2:]), eps**0.5) if self.rtol is None else self.rtol
-        cut = (max(rtol, linalg.EPS) * largest).clamp_min(linalg.SQUARABLE)
+        cut = (self.share(data) * values[:, 0]).clamp_min(linalg.SQUARABLE)
         if self.rtol is None and (self.center or self.difference):
             ends = data[:, [0, -1]].to(torch.float64).norm(dim=-1).amax(dim=-1)
-            cut = torch.maximum(cut, eps * data.shape[-2] ** 0.5 * ends)
+            cut = torch.maximum(cut, torch.finfo(data.dtype).eps * data.shape[-2] ** 0.5 * ends)
         return values > cut.unsqueeze(-1)
 
 
@@ -52,6 +57,17 @@ class Fit(NamedTuple):
     image: Tensor  # (patches, state or time, r)
     rank: Tensor  # (patches,)
     residual: Tensor  # (patches,)
+
+
+def fit(data: Tensor, options: Options) -> Fit:
+    """The operator of each patch `(patches, time, state)`, by a Gram matrix where that is good enough.
+
+    >>> options = Options(1, 0.0, False, False, False, False, ())
+    >>> fit(torch.tensor([[[8.0], [4.0], [2.0]]]), options).transition
+    tensor([[[0.5000]]], dtype=torch.float64)
+    """
+    few = 2 * (options.rank + linalg.OVERSAMPLING) <= min(data.shape[-1], data.shape[-2] - options.difference - 1)
+    return from_gram(data, options) if few or options.share(data) >= GRAM_RTOL else from_svd(data, options)
 
 
 def from_svd(data: Tensor, options: Options, width: int | None = None) -> Fit:
@@ -79,7 +95,10 @@ def from_svd(data: Tensor, options: Options, width: int | None = None) -> Fit:
 
 
 def from_gram(data: Tensor, options: Options) -> Fit:
-    """The same from a Gram matrix and its leading eigenvectors, where these resolve the rank; else from the SVD."""
+    """The same from a Gram matrix: all eigenvectors if the cut is coarse, else the leading ones.
+
+    Where these do not resolve the rank, it is taken from the SVD.
+    """
     rows = squared = directions = None
     if options.snapshot_form:
         squared = linalg.gram(data, options.prepare)
@@ -91,9 +110,17 @@ def from_gram(data: Tensor, options: Options) -> Fit:
         total = earlier.diagonal(dim1=-2, dim2=-1).sum(dim=-1) + rows[:, -1].square().sum(dim=-1)
         residual = partial(_residual_from_moments, rows, total)
     _require_finite(total, data, options)
-    squares, vectors, settled = linalg.leading_eigenvectors(earlier, options.rank)
+    coarse = options.share(data) >= GRAM_RTOL
+    if coarse:
+        squares, vectors = (found[..., : options.rank] for found in linalg.eigh(earlier))
+        settled = torch.ones_like(squares[:, 0], dtype=torch.bool)
+    else:
+        squares, vectors, settled = linalg.leading_eigenvectors(earlier, options.rank)
     values = squares.clamp_min(0.0).sqrt()
     kept = options.kept(values, data)
+    if coarse and len(kept):
+        width = max(1, int(kept.sum(dim=-1).max()))
+        values, vectors, kept = values[:, :width], vectors[..., :width], kept[:, :width]
     inverse = (kept / torch.where(kept, values, 1.0)).unsqueeze(-2)
     if squared is not None:
         gain = vectors * inverse

@@ -154,8 +154,12 @@ def _orthonormal(matrix: Tensor) -> Tensor:
         return torch.linalg.qr(matrix).Q
 
 
-def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors, falling."""
+def eigh(symmetric: Float[Tensor, "*batch n n"]) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n n"]]:
+    """Eigenvalues, falling, and orthonormal eigenvectors of symmetric matrices.
+
+    >>> eigh(torch.diag(torch.tensor([1.0, 9.0])))[0]
+    tensor([9., 1.])
+    """
     with one_thread_each(symmetric):
         values, vectors = torch.linalg.eigh(symmetric)
     return values.flip(-1), vectors.flip(-1)
@@ -201,7 +205,7 @@ def leading_eigenvectors(
     if bool(missed.any()):
         missed = missed.nonzero().squeeze(-1)
         slow = symmetric[missed]
-        exact = _rayleigh_ritz(slow, _eigh(slow)[1][..., :width], count)
+        exact = _rayleigh_ritz(slow, eigh(slow)[1][..., :width], count)
         block, _, values, settled = (
             old.index_copy(0, missed, new) for old, new in zip((block, image, values, settled), exact, strict=True)
         )
@@ -211,7 +215,7 @@ def leading_eigenvectors(
 def _rayleigh_ritz(symmetric: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best eigenvectors within the span of a block, their image, their eigenvalues, and whether they will do."""
     image = symmetric @ block
-    values, rotation = _eigh(block.mT @ image)
+    values, rotation = eigh(block.mT @ image)
     block, image = block @ rotation, image @ rotation
     error = (image - block * values.unsqueeze(-2))[..., :count].norm(dim=(-2, -1)) + EPS * values[..., 0]
     gap = values[..., count - 1] - (values[..., count] if values.shape[-1] > count else 0.0)

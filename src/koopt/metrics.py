@@ -31,30 +31,38 @@ def success(forecast_loss: Float[Tensor, " seeds"], loss: Float[Tensor, "time se
 
 
 def equivalent_steps(
-    forecast_loss: Float[Tensor, " seeds"], loss: Float[Tensor, "time seeds"]
+    forecast_loss: Float[Tensor, " seeds"], loss: Float[Tensor, "time seeds"], every: int = 1
 ) -> tuple[Int[Tensor, " seeds"], Bool[Tensor, " seeds"]]:
     """T_eq: the optimizer steps after t2 that training needs to get at or below the loss of the forecast.
 
     Args:
         forecast_loss: `(seeds,)`, loss at the forecast weights.
         loss: `(time, seeds)`, training losses from t2 on; the first row is at t2.
+        every: optimizer steps from row to row, for instance an epoch; the loss is taken to be straight between them.
 
     Returns:
         `(seeds,)` steps: 0 where the forecast is no better than t2, the last recorded step where training never gets
         there; and `(seeds,)` booleans that mark the latter (censored).
 
-    Source: Dogra & Redman (2020), Eq. 10.
+    Source: Dogra & Redman (2020), Eq. 10, and Eq. 12 where the loss is known at the end of each epoch.
 
     >>> loss = torch.tensor([[4.0], [3.0], [2.0]])
     >>> equivalent_steps(torch.tensor([2.5]), loss)
     (tensor([2]), tensor([False]))
+    >>> equivalent_steps(torch.tensor([2.5]), loss, every=100)
+    (tensor([150]), tensor([False]))
     >>> equivalent_steps(torch.tensor([1.0]), loss)
     (tensor([2]), tensor([True]))
     """
     reached = (loss[1:] <= forecast_loss).cumsum(dim=0) > 0
     better = success(forecast_loss, loss)
-    steps = ((~reached).sum(dim=0) + 1).clamp(max=len(loss) - 1)
-    return torch.where(better, steps, 0), better & ~reached.any(dim=0)
+    row = ((~reached).sum(dim=0) + 1).clamp(max=len(loss) - 1)
+    censored = better & ~reached.any(dim=0)
+    before, at = (loss.gather(0, index.unsqueeze(0)).squeeze(0).double() for index in ((row - 1).clamp(min=0), row))
+    share = (before - forecast_loss.double()) / (before - at)
+    share = torch.where(censored | ~share.isfinite(), 1.0, share)
+    steps = ((row - 1 + share) * every).ceil().to(row.dtype)
+    return torch.where(better, steps, 0), censored
 
 
 def error_over_motion(

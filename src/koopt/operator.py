@@ -331,10 +331,7 @@ def fit_in_form(
     )
     data = snapshots.reshape(-1, time, state)
     with torch.no_grad():
-        if rank is not None and 2 * (options.rank + linalg.OVERSAMPLING) <= min(state, pairs):
-            fitted = least_squares.from_gram(data, options)
-        else:
-            fitted = least_squares.from_svd(data, options)
+        fitted = least_squares.fit(data, options)
     return Operator(
         snapshots=snapshots,
         **{name: tensor.reshape((*batch, *tensor.shape[1:])) for name, tensor in fitted._asdict().items()},

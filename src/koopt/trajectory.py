@@ -92,7 +92,7 @@ class Trajectory:
         device = torch.device(device) if device is not None else self._parameters[0].device
         sum_dtype = torch.promote_types(dtype, torch.float32)
         self.nbytes = size * (window * dtype.itemsize + average * sum_dtype.itemsize)
-        free = _free_memory(device)
+        free = free_memory(device)
         if free is not None and self.nbytes > free:
             raise ValueError(
                 f"window: {window} snapshots of {size:,} weights in {dtype} need {_gib(self.nbytes)}, "
@@ -403,7 +403,7 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         torch._foreach_copy_(list(sources), list(sources.values()))  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _free_memory(device: torch.device) -> int | None:
+def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be taken on a device; None where there is no way to know."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

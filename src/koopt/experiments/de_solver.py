@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +24,30 @@ from koopt.experiments.methods import (
     path,
     weights_at,
 )
-from koopt.experiments.timing import Cost, jump_seconds, step_seconds
+from koopt.experiments.methods import QUICK as QUICK
+from koopt.experiments.timing import Cost, jump_seconds, network_at, step_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 PAPER = {  # Table 1: success, T_eq/T and speed-up at the nominal T
     "adam": (0.84, 0.85, 98.0),
     "adagrad": (0.92, 1.00, 132.0),
     "adadelta": (1.00, 1.00, 141.0),
+}
+COLUMNS = {
+    "setting": "setting",
+    "by": "operator",
+    "success": "success",
+    "teq_over_T": "T_eq/T",
+    "teq_over_T_mean": "…\nmean",
+    "censored": "cen-\nsored",
+    "error_over_motion": "error/\nmotion",
+    "residual": "resi-\ndual",
+    "max_modulus": "max\n|λ|",
+    "speedup": "speed-\nup",
+    "speedup_with_recording": "… with\nrecord.",
 }
 LAST_SEED = 2**64 - 1  # of torch.manual_seed
 PAPER_ERROR = 0.0044  # median |error| / |motion|, one figure for the node operators
@@ -140,17 +155,35 @@ def reproduce(
     check(settings)
     runs = [settings.run(optimizer) for optimizer in settings.optimizers]
     system.require_folder(folder, "--output")
+    begin = time.perf_counter()
     if not recording.record_all(runs, folder / "recordings", progress):
         return None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _evaluate(settings, folder, progress)
+        return _evaluate(settings, folder, progress, begin)
     finally:
         torch.set_num_threads(threads)
 
 
-def _evaluate(settings: Settings, folder: Path, progress: Callable[[str, int, int], None]) -> list[dict[str, Any]]:
+def tables(
+    settings: Settings, rows: Sequence[dict[str, Any]]
+) -> list[tuple[str, dict[str, str], list[dict[str, Any]]]]:
+    """Title, columns and rows of each table; the paper's are of T = 2,500 and 25 seeds, without recording."""
+    return [
+        (
+            f"{optimizer.capitalize()}, T = {horizon:,}, {settings.seeds} seeds",
+            COLUMNS,
+            [row for row in rows if row["optimizer"] == optimizer and row["T"] == horizon],
+        )
+        for optimizer in settings.optimizers
+        for horizon in settings.horizons
+    ]
+
+
+def _evaluate(
+    settings: Settings, folder: Path, progress: Callable[[str, int, int], None], begin: float
+) -> list[dict[str, Any]]:
     rows, figures, growth = [], [], {}
     total, done = len(settings.optimizers) * (len(methods(settings)) + 1), 0
     for optimizer in settings.optimizers:
@@ -164,8 +197,11 @@ def _evaluate(settings: Settings, folder: Path, progress: Callable[[str, int, in
             done += 1
             found[method] = forecast(recorded, method, sorted({*path(settings), *settings.horizons}))
             for horizon, listed in lines.items():
-                arguments = (method.stride, horizon, method.method, method.by, method.options, settings.repeats)
-                cost = Cost(step, *jump_seconds(first[-1 - method.tail :], *arguments))
+                window = first[-1 - method.tail :]
+                recorded_as = (method.tail // method.stride + 1, method.stride)
+                asked = {"method": method.method, "by": method.by, **method.options}
+                seconds = jump_seconds(network_at(first[0]), window, *recorded_as, horizon, settings.repeats, **asked)
+                cost = Cost(step, *seconds)
                 listed.append(row(settings, recorded, method, found[method], horizon, cost))
         rows += [line for listed in lines.values() for line in listed]
         progress("forecast and time", done, total)
@@ -174,7 +210,7 @@ def _evaluate(settings: Settings, folder: Path, progress: Callable[[str, int, in
         figures.append(figure2.draw(settings, recorded, found, folder))
     figures.append(figure2.draw_growth(settings, growth, folder))
     progress("forecast and time", total, total)
-    report.write_result(folder, "de-solver", asdict(settings), rows, figures)
+    report.write_result(folder, "de-solver", asdict(settings), rows, figures, time.perf_counter() - begin)
     return rows
 
 

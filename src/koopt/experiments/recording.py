@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
-import multiprocessing
 import os
-import queue
-import signal
-import threading
 import zipfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from koopt.experiments import oscillator, system
+from koopt.experiments import oscillator, system, workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -189,38 +183,7 @@ def record_all(runs: Sequence[Run], folder: Path, progress: Callable[[str, int, 
             opened(run, folder)  # damage shows before the others are trained
     for run in runs:
         progress(run.optimizer, min(steps[run], run.steps), run.steps)
-    if not left:
-        return True
-    context = multiprocessing.get_context("spawn")
-    news, stop = context.Queue(), context.RawValue("b", 0)  # without a lock that a killed worker could hold
-    others = set(multiprocessing.active_children())
-    workers = min(len(left), os.cpu_count() or 1)
-    with system.interrupts() as interrupts, ProcessPoolExecutor(workers, context, _start_worker, (news, stop)) as pool:
-        with system.interrupts(ignored=True):  # by the workers as well, which inherit it: they are told through `stop`
-            tasks = [pool.submit(_record_in_worker, run, folder) for run in left]
-        try:
-            while not all(task.done() for task in tasks):
-                if interrupts or any(task.done() and task.exception() for task in tasks):
-                    stop.value = 1
-                if len(interrupts) > 1:
-                    for worker in set(multiprocessing.active_children()) - others:
-                        worker.kill()
-                with contextlib.suppress(queue.Empty):
-                    progress(*news.get(timeout=0.1))
-        finally:
-            stop.value = 1
-    with contextlib.suppress(queue.Empty):
-        while True:
-            progress(*news.get(timeout=0.1))
-    try:
-        complete = [task.result() for task in tasks]  # of all: a later one may hold the error that stopped the first
-    except BrokenProcessPool as error:
-        if interrupts:
-            return False
-        raise OSError(
-            "a training process was killed, perhaps for want of memory; the same command goes on where it was"
-        ) from error
-    return all(complete) and not interrupts
+    return workers.run_all([(run.optimizer, run.steps, partial(record, run, folder)) for run in left], progress)
 
 
 def opened(run: Run, folder: Path) -> Recording:
@@ -301,30 +264,3 @@ def _mapped(
 
 def _checksum(values: np.ndarray, before: int = 0) -> int:
     return zlib.crc32(values.data, before) if values.size else before
-
-
-_news: Any = None
-_stop: Any = None
-
-
-def _start_worker(news: Any, stop: Any) -> None:
-    global _news, _stop
-    _news, _stop = news, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it is not inherited
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)  # without it a worker whose parent was killed trains on, or waits for work, for ever
-
-
-def _record_in_worker(run: Run, folder: Path) -> bool:
-    def advance(step: int) -> bool:
-        _news.put((run.optimizer, min(step, run.steps), run.steps))
-        return not _stop.value
-
-    return record(run, folder, advance)

@@ -29,9 +29,24 @@ def machine() -> dict[str, Any]:
 
 
 def write_result(
-    folder: Path, experiment: str, settings: dict[str, Any], rows: Sequence[dict[str, Any]], figures: Sequence[str]
+    folder: Path,
+    experiment: str,
+    settings: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    figures: Sequence[str],
+    seconds: float | None = None,
+    findings: Sequence[str] = (),
 ) -> Path:
-    """Write ``folder/result.json`` through a temporary file; numbers that are not finite become null."""
+    """Write ``folder/result.json`` through a temporary file; numbers that are not finite become null.
+
+    Args:
+        folder: where to; it exists.
+        experiment, settings, rows, figures: as they stand in the file; figures are file names in `folder`.
+        seconds: how long it ran.
+        findings: what the rows say, a sentence each.
+
+    The last two are left out of the file where they are not given.
+    """
     result = {
         "experiment": experiment,
         "settings": settings,
@@ -39,6 +54,23 @@ def write_result(
         "rows": [{name: _plain(value) for name, value in row.items()} for row in rows],
         "figures": list(figures),
     }
+    optional = {"seconds": seconds, "findings": list(findings)}
+    result |= {name: value for name, value in optional.items() if value}
+    return _write(folder, result)
+
+
+def add_command(folder: Path, command: str) -> Path:
+    """Say in ``folder/result.json`` what repeats the experiment."""
+    return _write(folder, json.loads((folder / "result.json").read_text()) | {"command": command})
+
+
+def findings(folder: Path) -> list[str]:
+    """What ``folder/result.json`` says in sentences."""
+    result = json.loads((folder / "result.json").read_text())
+    return result.get("findings", []) + [row["finding"] for row in result["rows"] if row.get("finding")]
+
+
+def _write(folder: Path, result: dict[str, Any]) -> Path:
     path = folder / "result.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
@@ -79,7 +111,7 @@ def paper_row(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             **{k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)},
         }
         for row in rows
-        if prefix + "success" in row
+        if any(key.startswith(prefix) for key in row)
     ]
 
 

@@ -1,0 +1,123 @@
+"""Figure 3 of the paper: a classifier's loss and accuracy, the forecasts, and their spectra."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import matplotlib.figure
+import numpy as np
+import torch
+
+import koopt
+from koopt import metrics, plot
+from koopt.experiments import classifier, panels
+from koopt.experiments.figure2 import save
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from koopt.experiments.minibatch import Group, Run
+    from koopt.experiments.mnist_methods import Method, Protocol, Settings
+
+
+def draw(
+    settings: Settings, protocols: list[Protocol], found: dict[Method, Tensor], groups: list[Group], folder: Path
+) -> str:
+    """Loss, accuracy, T_eq, baselines and eigenvalues in one figure; returns the file's name."""
+    figure = matplotlib.figure.Figure(figsize=(13, 8.2), layout="constrained")
+    axes = figure.subplots(2, 3)
+    run = settings.run
+    validation, test = protocols
+    paper, best, mean = (
+        next(m for m in found if label in (m.setting, m.method)) for label in ("paper", "recommended", "mean")
+    )
+    shown = {"quasi-node, every step (paper)": paper, "network, block means": best, "mean of the last epoch": mean}
+    measured = {
+        protocol.name: {
+            m: classifier.loss_and_accuracy(weights, protocol.images, protocol.labels) for m, weights in found.items()
+        }
+        for protocol in protocols
+    }
+
+    last = min(settings.epochs, run.t2 + 3 * run.ahead)
+    epochs = np.arange(1, last + 1)
+    aims = [run.t2 + run.ahead, run.t2 + _beyond(best.horizon, run), run.t2]
+    for axis, protocol, which, name in ((axes[0, 0], validation, 0, "loss"), (axes[0, 1], test, 1, "accuracy")):
+        curve = (protocol.loss, protocol.accuracy)[which][1 : last + 1].numpy()
+        points = {
+            label: (aim, measured[protocol.name][m][which].numpy())
+            for (label, m), aim in zip(shown.items(), aims, strict=True)
+        }
+        panels.epoch_curves(axis, epochs, curve, (run.t1, run.t2), points)
+        axis.set_ylabel(f"{protocol.name} {name} (median, quartiles)")
+    axes[0, 0].set_title("b  Validation loss and the forecasts", loc="left")
+    axes[0, 1].set_title("c  Test accuracy and the forecasts", loc="left")
+
+    shares = {}
+    for label, m in zip(
+        ("quasi-node\n(paper)", "network,\nblock means", "mean of\nlast epoch"), shown.values(), strict=True
+    ):
+        steps, censored = metrics.equivalent_steps(measured["test"][m][0], test.loss[run.t2 :], every=run.epoch_steps)
+        shares[label] = steps.numpy() / run.horizon, censored.numpy()
+    top = (settings.epochs - run.t2) / run.ahead
+    plot.equivalent_steps(axes[0, 2], shares, top=top)
+    axes[0, 2].set_title("d  Equivalent steps on the test set, a mark a seed", loc="left")
+
+    gains = {
+        m.what: ((measured["validation"][m][0] - validation.loss[run.t2]) / validation.loss[run.t2]).numpy()
+        for m in found
+        if m.method != "last"
+    }
+    panels.paired_changes(axes[1, 0], gains, bold=best.what)
+    axes[1, 0].set_title("e  Validation loss against that at $t_2$", loc="left")
+
+    sweep = _sweep(settings, groups, validation)
+    panels.horizon_sweep(axes[1, 1], *sweep, mark=_beyond(best.horizon, run))
+    axes[1, 1].set_title("f  How far ahead to aim", loc="left")
+
+    spectra = {
+        "quasi-node, every step (paper)": _complex(groups[0].spectrum[0]),
+        "network, block means": _network_spectrum(settings, groups),
+    }
+    plot.eigenvalues(axes[1, 2], spectra)
+    axes[1, 2].set_title("g  Eigenvalues: one seed; all seeds", loc="left")
+    figure.suptitle(
+        f"MNIST, 784:20:20:20:10, Adadelta, batch {run.batch}, {settings.seeds} seeds, "
+        f"window: epochs {run.t1 + 1} to {run.t2}, T = {run.ahead} epochs"
+    )
+    return save(figure, folder, "figure3.png")
+
+
+def _beyond(blocks: float, run: Run) -> float:
+    """Epochs from t2 to the block that a forecast from block means aims at."""
+    return (blocks * run.look - (run.look - 1) / 2) / run.epoch_steps
+
+
+def _complex(values: Tensor) -> np.ndarray:
+    return torch.view_as_complex(values.double().contiguous()).numpy()
+
+
+def _network_spectrum(settings: Settings, groups: list[Group]) -> np.ndarray:
+    windows = torch.cat([group.blocks for group in groups], dim=1).transpose(0, 1)
+    return koopt.fit(windows, rank=settings.rank, projected=True).eigenvalues.flatten().numpy()
+
+
+def _sweep(settings: Settings, groups: list[Group], validation: Protocol) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Relative change of the loss for network operators on block means, against epochs ahead, by rank."""
+    run = settings.run
+    windows = torch.cat([group.blocks for group in groups], dim=1).transpose(0, 1)
+    blocks = np.array([1, 3, 6, 9, 12, 16, 20, 25, 30, 40])
+    start = validation.loss[run.t2].mean()
+    curves = {}
+    for rank in sorted({1, 2, settings.rank, settings.rank + 2}):
+        operator = koopt.fit(windows, rank=rank, projected=True)
+        losses = [
+            classifier.loss_and_accuracy(
+                operator.forecast(int(n), max_modulus=1.0), validation.images, validation.labels
+            )[0].mean()
+            for n in blocks
+        ]
+        curves[f"rank {rank}"] = (torch.stack(losses) / start - 1).numpy()
+    return np.array([_beyond(int(n), run) for n in blocks]), curves
