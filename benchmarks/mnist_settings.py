@@ -20,12 +20,13 @@ from rich.console import Console
 from koopt import metrics
 from koopt.experiments import classifier, data, minibatch, mnist_methods, report
 
-RTOLS = (1e-3, 3e-4, 2e-4, 1e-4, 5e-5)
+RTOLS = (1e-3, 3e-4, 1e-4, 5e-5, 1e-5)
 COLUMNS = {
     "what": "way",
     "window": "steps",
     "rank": "rank",
     "rtol": "rtol",
+    "max_modulus": "limit",
     "horizon": "snapshots\nahead",
     "decay": "decay",
     "loss": "loss",
@@ -80,8 +81,8 @@ def candidates(run: minibatch.Run) -> list[mnist_methods.Method]:
             for n, r, h in itertools.product(shares[1:], range(1, 7), ahead)
         ),
         *(
-            of("quasi-node operators, every step, aimed at T", "koopman", "every_step", None, run.horizon, rtol=rtol)
-            for rtol in run.rtols
+            of("quasi-node operators, every step, aimed at T", "koopman", "every_step", None, run.horizon, **more)
+            for more in ({"rtol": rtol, "max_modulus": limit} for rtol in run.rtols for limit in run.limits)
         ),
         *(
             of("quasi-node operators, samples, aimed at T", "koopman", "samples", None, run.horizon / run.look, **more)
@@ -114,6 +115,7 @@ def line(
         "window": (method.snapshots or run.window_steps // run.look) * run.look,
         "rank": method.options.get("rank"),
         "rtol": method.options.get("rtol"),
+        "max_modulus": method.options.get("max_modulus"),
         "projected": method.options.get("projected"),
         "horizon": method.horizon,
         "decay": method.options.get("decay"),

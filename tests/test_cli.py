@@ -190,10 +190,10 @@ def test_packages_of_the_extra_are_named_when_missing(tmp_path):
 SMALL = """
 import sys
 from koopt import cli
-from koopt.experiments import methods
+from koopt.experiments import de_solver
 
 if __name__ == "__main__":
-    methods.QUICK = methods.Settings(
+    de_solver.QUICK = de_solver.Settings(
         seeds=2, steps=2500, t1=600, t2=1000, horizons=(200, 600), tail=200, stride=50, repeats=1
     )
     sys.exit(cli.main())

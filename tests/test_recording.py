@@ -1,6 +1,7 @@
 """The oscillator against independent mathematics; recordings against interruption, damage and full disks."""
 
 import errno
+import functools
 import multiprocessing
 import os
 import pickle
@@ -19,7 +20,7 @@ from scipy.integrate import solve_ivp
 from torch import nn
 from torch.testing import assert_close
 
-from koopt.experiments import oscillator, recording, system
+from koopt.experiments import oscillator, recording, system, workers
 from koopt.experiments.recording import Run
 
 RUN = Run("adagrad", seeds=2, seed=3, steps=500, t1=120, t2=330)
@@ -430,6 +431,7 @@ def test_two_processes_do_not_write_the_same_run(tmp_path, partial, reference):
 # many runs, in worker processes
 
 LONG = replace(RUN, steps=1_000_000, t1=0, t2=1000)
+OTHER = replace(RUN, optimizer="adadelta")
 
 
 def test_runs_in_workers_are_the_same_runs(reference, tmp_path):
@@ -482,3 +484,12 @@ def test_the_error_of_one_run_stops_the_others_and_is_told(tmp_path, partial):
     with pytest.raises(ValueError, match=r"loss\.npy is missing or damaged"):
         recording.record_all([replace(LONG, optimizer="adadelta"), RUN], tmp_path, lambda *_: None)
     assert multiprocessing.active_children() == []
+
+
+def test_tasks_that_need_more_memory_than_there_is_run_one_at_a_time(tmp_path):
+    told = []
+    tasks = [(run.optimizer, run.steps, functools.partial(recording.record, run, tmp_path)) for run in (RUN, OTHER)]
+    assert workers.run_all(tasks, lambda *news: told.append(news), nbytes=2**60)
+    assert [name for name, done, total in told if done == total] == [RUN.optimizer, OTHER.optimizer]
+    names = [name for name, *_ in told]
+    assert names == sorted(names, key=[RUN.optimizer, OTHER.optimizer].index)

@@ -36,8 +36,9 @@ class Options(NamedTuple):
 
     def share(self, data: Tensor) -> float:
         """Of a patch's largest singular value, up to which others are cut."""
-        eps = torch.finfo(data.dtype).eps
-        return max(min(eps * max(data.shape[-2:]), eps**0.5) if self.rtol is None else self.rtol, linalg.EPS)
+        # what rounding the snapshots adds lies below their eps, whatever their number; the algebra's own grows with it
+        default = max(torch.finfo(data.dtype).eps, linalg.EPS * max(data.shape[-2:]))
+        return max(default if self.rtol is None else self.rtol, linalg.EPS)
 
     def kept(self, values: Tensor, data: Tensor) -> Tensor:
         """Which singular values of each patch are not cut."""

@@ -269,8 +269,8 @@ def fit(
             `difference`). The algebra is done in float64 whatever their dtype.
         rank: largest number of singular values to keep; None keeps all above `rtol`.
         rtol: singular values up to this share (and up to eps of float64) of a patch's largest are cut; default: eps of
-            the snapshots' dtype times max(time, state), at most its square root, and with `center` or `difference`
-            also those within the rounding of the snapshots themselves.
+            the snapshots' dtype, or eps of float64 times max(time, state) if that is more, and with `center` or
+            `difference` also those within the rounding of the snapshots themselves.
         projected: project states (with `difference`: increments) and images on the kept directions (projected DMD),
             which removes noise.
         center: fit the affine map ``x' = mean(B) + U (x - mean(A))``.
@@ -404,7 +404,8 @@ def algorithm_1(
     tensor([0.5000])
     """
     *batch, time, state = snapshots.shape
-    rtol = torch.finfo(snapshots.dtype).eps * max(time, state) if rtol is None else rtol
+    default = max(torch.finfo(snapshots.dtype).eps, torch.finfo(torch.float64).eps * max(time, state))
+    rtol = default if rtol is None else rtol
     forecasts = []
     for patch in snapshots.to(torch.float64).reshape(-1, time, state):
         earlier, later = patch[:-1].mT, patch[1:].mT

@@ -365,7 +365,7 @@ def offered_horizons(
     top = seen[np.isfinite(seen)].max(initial=fixed)
     ticks = [digit * 10**power for power in range(2, 8) for digit in (1, 3)]
     ax.set_yscale("symlog", linthresh=100)
-    ax.set_yticks([0, *(tick for tick in ticks if tick <= top)])
+    ax.set_yticks([0, *(tick for tick in ticks if tick <= 1.3 * top)])
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.set_ylim(0, 1.3 * top)
     _steps_along(ax)

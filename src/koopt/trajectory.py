@@ -83,6 +83,7 @@ class Trajectory:
             raise TypeError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}, or None")
         self._model, self._named = model, named
         self._parameters = list(named.values())
+        self._together = len({parameter.device for parameter in self._parameters}) == 1
         self._whole = partition_of(named, model, "network")
         self._partitions: dict[tuple[str, int | None], Partition] = {("network", None): self._whole}
         self.window, self.stride, self.average = window, stride, average
@@ -141,7 +142,9 @@ class Trajectory:
 
     @torch.no_grad()
     def _record_mean(self, in_block: int) -> None:
-        sources = [parameter.to(self._sum.device) for parameter in self._parameters]
+        sources: list[Any] = self._parameters
+        if not self._together or sources[0].device != self._sum.device:
+            sources = [parameter.to(self._sum.device) for parameter in sources]
         if in_block == 0:
             torch._foreach_copy_(self._sums, sources)  # pyright: ignore[reportPrivateImportUsage]
         else:

@@ -63,14 +63,14 @@ def draw(
         shares[label] = steps.numpy() / run.horizon, censored.numpy()
     top = (settings.epochs - run.t2) / run.ahead
     plot.equivalent_steps(axes[0, 2], shares, top=top)
-    axes[0, 2].set_title("d  Equivalent steps on the test set, a mark a seed", loc="left")
+    axes[0, 2].set_title("d  Equivalent steps, test set", loc="left")
 
     gains = {
-        m.what: ((measured["validation"][m][0] - validation.loss[run.t2]) / validation.loss[run.t2]).numpy()
+        label_of(m): ((measured["validation"][m][0] - validation.loss[run.t2]) / validation.loss[run.t2]).numpy()
         for m in found
         if m.method != "last"
     }
-    panels.paired_changes(axes[1, 0], gains, bold=best.what)
+    panels.paired_changes(axes[1, 0], gains, bold=label_of(best))
     axes[1, 0].set_title("e  Validation loss against that at $t_2$", loc="left")
 
     sweep = _sweep(settings, groups, validation)
@@ -81,13 +81,18 @@ def draw(
         "quasi-node, every step (paper)": _complex(groups[0].spectrum[0]),
         "network, block means": _network_spectrum(settings, groups),
     }
-    plot.eigenvalues(axes[1, 2], spectra)
+    plot.eigenvalues(axes[1, 2], spectra, zoom=0.3)
     axes[1, 2].set_title("g  Eigenvalues: one seed; all seeds", loc="left")
     figure.suptitle(
         f"MNIST, 784:20:20:20:10, Adadelta, batch {run.batch}, {settings.seeds} seeds, "
         f"window: epochs {run.t1 + 1} to {run.t2}, T = {run.ahead} epochs"
     )
     return save(figure, folder, "figure3.png")
+
+
+def label_of(method: Method) -> str:
+    """How a method is called in figures."""
+    return method.what if method.setting == "baseline" else f"{method.by}, {method.what}"
 
 
 def _beyond(blocks: float, run: Run) -> float:

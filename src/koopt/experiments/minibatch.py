@@ -18,7 +18,7 @@ import koopt
 from koopt.experiments import classifier, data, system, workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from jaxtyping import Complex, Float
@@ -46,6 +46,7 @@ class Run:
         rate, gamma: Adadelta's learning rate, and its factor after each epoch.
         decays: of the running averages.
         rtols: cuts of the paper's operators on every step; it states none.
+        limits: largest moduli of their eigenvalues when they forecast.
     """
 
     seeds: int = 25
@@ -61,6 +62,7 @@ class Run:
     gamma: float = 0.7
     decays: tuple[float, ...] = (0.99, 0.997, 0.999)
     rtols: tuple[float, ...] = (1e-4,)
+    limits: tuple[float | None, ...] = (None, 1.0)
 
     @property
     def epoch_steps(self) -> int:
@@ -93,7 +95,7 @@ class Run:
             "samples": (blocks + 1, networks, size),
             "blocks": (blocks, networks, size),
             "averages": (len(self.decays), networks, size),
-            "every_step": (len(self.rtols), networks, size),
+            "every_step": (len(self.rtols), len(self.limits), networks, size),
             "spectrum": (networks, size, 2),
             "window": (self.window_steps + 1 if first == self.seed else 0, size),
         }
@@ -118,7 +120,7 @@ class Group:
         samples: `(blocks + 1, networks, weights)`, weights at every ``Run.look``-th step of the window, the last at t2.
         blocks: `(blocks, networks, weights)`, means of the weights after each ``Run.look`` steps, the last ends at t2.
         averages: `(decays, networks, weights)`, exponential moving averages of the weights at t2.
-        every_step: `(rtols, networks, weights)`, forecast T ahead by the paper's operators on every step of the window.
+        every_step: `(rtols, limits, networks, weights)`, forecast T ahead by the paper's operators on every step.
         spectrum: `(networks, weights, 2)`, the eigenvalues of those with the first cut (real, imaginary), zeros where
             the rank is lower.
         window: `(steps + 1, weights)`, every step of the first network of the run, to time forecasts.
@@ -130,7 +132,7 @@ class Group:
     samples: Float[Tensor, "times networks weights"]
     blocks: Float[Tensor, "blocks networks weights"]
     averages: Float[Tensor, "decays networks weights"]
-    every_step: Float[Tensor, "rtols networks weights"]
+    every_step: Float[Tensor, "rtols limits networks weights"]
     spectrum: Float[Tensor, "networks weights 2"]
     window: Float[Tensor, "steps weights"]
 
@@ -253,34 +255,35 @@ def _keep_window(run: Run, window: Tensor, kept: Group) -> None:
     kept.samples.copy_(window[offset :: run.look])
     kept.blocks.copy_(window[offset + 1 :].unflatten(0, (-1, run.look)).mean(dim=1))
     kept.window.copy_(window[: len(kept.window), 0])
-    for network, rtol in itertools.product(range(window.shape[1]), range(len(run.rtols))):
-        found, spectrum = forecast_every_step(window[:, network], run.horizon, run.rtols[rtol])
-        kept.every_step[rtol, network] = found
-        if rtol == 0:
+    for network, i in itertools.product(range(window.shape[1]), range(len(run.rtols))):
+        found, spectrum = forecast_every_step(window[:, network], run.horizon, run.rtols[i], run.limits)
+        kept.every_step[i, :, network] = found
+        if i == 0:
             kept.spectrum[network, : len(spectrum)] = torch.view_as_real(spectrum)
 
 
 def forecast_every_step(
-    window: Float[Tensor, "steps weights"], horizon: int, rtol: float
-) -> tuple[Float[Tensor, " weights"], Complex[Tensor, " eigenvalues"]]:
+    window: Float[Tensor, "steps weights"], horizon: int, rtol: float, limits: Sequence[float | None]
+) -> tuple[Float[Tensor, "limits weights"], Complex[Tensor, " eigenvalues"]]:
     """The paper's forecast: quasi-node operators in the first layer, node operators elsewhere, on every step.
 
     Args:
         window: one network's weights.
         horizon: optimizer steps.
         rtol: as ``koopt.fit`` takes it.
+        limits: as ``Operator.forecast`` takes each as `max_modulus`.
 
     Returns:
-        `(weights,)` forecast, and `(eigenvalues,)` of all operators.
+        `(limits, weights)` forecasts, and `(eigenvalues,)` of all operators.
     """
     parts = koopt.partition(classifier.Classifier(), "node", max_size=classifier.QUASI_NODE)
     forecasts, eigenvalues = [], []
     for patches in parts.gather_flat(window):
-        some = patches.transpose(0, 1).split(PATCHES)
-        operators = [koopt.fit(few, rtol=rtol) for few in some]
-        forecasts.append(torch.cat([operator.forecast(horizon) for operator in operators]))
+        operators = [koopt.fit(few, rtol=rtol) for few in patches.transpose(0, 1).split(PATCHES)]
+        forecasts.append([torch.cat([operator.forecast(horizon, limit) for operator in operators]) for limit in limits])
         eigenvalues += [operator.eigenvalues.flatten() for operator in operators]
-    return parts.scatter_flat(forecasts), torch.cat(eigenvalues)
+    weights = [parts.scatter_flat(list(some)) for some in zip(*forecasts, strict=True)]
+    return torch.stack(weights), torch.cat(eigenvalues)
 
 
 def opened(run: Run, first: int, folder: Path) -> Group:

@@ -35,7 +35,7 @@ class Settings:
     epochs: int = 16
     rank: int = 3
     ahead: int = 12
-    strided_rank: int = 5
+    strided_rank: int = 6
     repeats: int = 21
 
     @property
@@ -81,7 +81,17 @@ def methods(settings: Settings) -> list[Method]:
             "koopman",
             "quasi-node",
             "paper",
-            f"every {run.look} steps",
+            "every step, |λ| ≤ 1",
+            "every_step",
+            None,
+            run.horizon,
+            {"rtol": run.rtols[0], "max_modulus": 1.0},
+        ),
+        Method(
+            "koopman",
+            "quasi-node",
+            "paper",
+            f"every {run.look} steps, |λ| ≤ 1",
             "samples",
             None,
             run.horizon / run.look,
@@ -103,7 +113,8 @@ def methods(settings: Settings) -> list[Method]:
 def forecast(run: Run, group: Group, method: Method) -> Tensor:
     """Forecast weights `(networks, weights)` of one group, float32."""
     if method.source == "every_step":
-        return group.every_step[run.rtols.index(method.options["rtol"])]
+        limit = run.limits.index(method.options.get("max_modulus"))
+        return group.every_step[run.rtols.index(method.options["rtol"]), limit]
     if method.source == "averages":
         return group.averages[run.decays.index(method.options["decay"])]
     snapshots = getattr(group, method.source)
