@@ -51,13 +51,13 @@ def whole(task: Task) -> int:
 
 
 def recommended(task: Task) -> Setting:
-    """What the README recommends: eleven snapshots over the last T steps; under noise means of blocks, rank 2."""
+    """What the README recommends: eleven snapshots over the last T steps; under noise means of blocks, rank 3."""
     if not task.noisy:
         tail = min(task.horizon, 2_500)
         return Setting(tail=tail, stride=tail // 10, rank=6, difference=True)
-    block = whole(task) // 40 // task.grain * task.grain
+    block = whole(task) // 60 // task.grain * task.grain
     return Setting(
-        tail=whole(task) // block * block, stride=block, average=True, rank=2, projected=True, max_modulus=1.0
+        tail=whole(task) // block * block, stride=block, average=True, rank=3, projected=True, max_modulus=1.0
     )
 
 
@@ -129,9 +129,9 @@ def snapshots_of(task: Task, setting: Setting, seed: int) -> tuple[Tensor, float
     """`(time, weights)`, and the horizon in snapshot steps."""
     every, count = setting.stride // task.grain, setting.tail // setting.stride
     if not setting.average:
-        return task.window[-1 - every * count :: every, seed].contiguous(), task.horizon / setting.stride
+        return task.window[-1 - every * count :: every, seed].contiguous(), task.aim / setting.stride
     blocks = task.means[-every * count :, seed].unflatten(0, (count, every))
-    return blocks.mean(dim=1), (task.horizon + (setting.stride - 1) / 2) / setting.stride
+    return blocks.mean(dim=1), (task.aim + (setting.stride - 1) / 2) / setting.stride
 
 
 def attempt(
@@ -173,15 +173,14 @@ def row(task: Task, case: Case, repeats: int) -> dict[str, Any]:
     )
     weights = torch.stack(found)
     losses = task.loss_of(weights)
-    rows, censored = metrics.equivalent_steps(losses, task.later)
-    steps = task.later_steps[rows]
+    steps, censored = metrics.equivalent_steps(losses, task.later, task.every)
     known = [modulus for modulus in moduli if not math.isnan(modulus)]
     return {
         "task": task.name,
         "part": case.part,
         "label": case.label,
         **vars(case.setting),
-        "horizon": task.horizon / case.setting.stride,
+        "horizon": task.aim / case.setting.stride,
         "T": task.horizon,
         "seeds": len(seeds),
         "success": metrics.success(losses, task.later).double().mean().item(),

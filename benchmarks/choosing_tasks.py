@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 WIDTH = 20
 POINTS = 128
-MNIST = minibatch.Run(seeds=10, seed=2000, epochs=9)
+MNIST = minibatch.Run(seeds=10, seed=2000, rtols=())
 GUARD = 2_000  # training images
 
 
@@ -35,13 +35,14 @@ class Task:
         noisy: whether it was trained on mini-batches.
         model: a network of the same parameters, for partitions.
         horizon: T, optimizer steps.
+        aim: the optimizer steps that forecasts look ahead: T, but a fifth of the window under noise.
         grain: optimizer steps from one row of `window` and of `means` to the next.
         window: `(time, seeds, weights)`, the last row at t2.
         means: `(blocks, seeds, weights)`, means over `grain` steps, the last block ends at t2.
         loss_of: losses of `(networks, weights)`, by which forecasts are compared.
         guard_of: the losses by which a forecaster may choose, of other data than `loss_of` where that is held out.
         later: `(time, seeds)` losses from t2 on.
-        later_steps: `(time,)` optimizer steps after t2 of its rows.
+        every: optimizer steps from row to row of `later`.
         start, truth: `(seeds, weights)` at t2 and at t2 + T, or the means of blocks that end there.
     """
 
@@ -49,13 +50,14 @@ class Task:
     noisy: bool
     model: nn.Module
     horizon: int
+    aim: int
     grain: int
     window: Tensor
     means: Tensor
     loss_of: Callable[[Tensor], Tensor]
     guard_of: Callable[[Tensor], Tensor]
     later: Tensor
-    later_steps: Tensor
+    every: int
     start: Tensor
     truth: Tensor
 
@@ -69,28 +71,26 @@ def mnist(folder: Path) -> Task:
     )
     digits = data.mnist()
     images, labels = classifier.normalized(digits.train_images), digits.train_labels
-    t2 = run.t2 * run.epoch_steps
-    first = t2 // run.look + 1
-    start = epochs[run.t2]
+    looks = run.epoch_steps // run.look
 
     def loss_on(points: slice) -> Callable[[Tensor], Tensor]:
         return lambda weights: classifier.loss_and_accuracy(weights.float(), images[points], labels[points])[0]
 
     validation = loss_on(slice(-run.held_out, None))
-    looks = torch.arange(first, len(losses))
     return Task(
         name="MNIST",
         noisy=True,
         model=classifier.Classifier(),
         horizon=run.horizon,
+        aim=run.window_steps // 5,
         grain=run.look,
         window=samples,
         means=blocks,
         loss_of=validation,
         guard_of=loss_on(slice(GUARD)),
-        later=torch.cat([validation(start).unsqueeze(0), losses[first:]]),
-        later_steps=torch.cat([torch.zeros(1, dtype=torch.int64), looks * run.look - t2]),
-        start=start,
+        later=losses[run.t2 * looks :: looks],
+        every=run.epoch_steps,
+        start=epochs[run.t2],
         truth=epochs[run.t2 + run.ahead],
     )
 
@@ -105,13 +105,14 @@ def de_solver(run: recording.Run, folder: Path, horizon: int) -> Task:
         noisy=False,
         model=oscillator.Oscillator(),
         horizon=horizon,
+        aim=horizon,
         grain=1,
         window=window,
         means=window,
         loss_of=oscillator_loss,
         guard_of=oscillator_loss,
         later=later,
-        later_steps=torch.arange(len(later)),
+        every=1,
         start=weights_at(recorded, run.t2),
         truth=weights_at(recorded, run.t2 + horizon),
     )
@@ -184,11 +185,12 @@ def regression(made: Regression, folder: Path, progress: Callable[[int, int], No
         noisy=made.batch is not None,
         model=regression_network(),
         horizon=made.horizon,
+        aim=made.horizon if made.batch is None else made.window // 5,
         grain=1,
         means=arrays["window"],
         loss_of=loss_of,
         guard_of=loss_of,
-        later_steps=torch.arange(len(arrays["later"])),
+        every=1,
         **arrays,
     )
 

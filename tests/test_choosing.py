@@ -112,8 +112,7 @@ def straight(average_of=1):
         return 100.5 - weights[:, 0]  # between two steps, so that rounding does not matter
 
     start, truth = window[-1], 10 * slope[None]
-    steps = torch.arange(len(loss))
-    return Task("line", False, nn.Linear(1, 1), 10, 1, window, window, loss_of, loss_of, loss, steps, start, truth)
+    return Task("line", False, nn.Linear(1, 1), 10, 10, 1, window, window, loss_of, loss_of, loss, 1, start, truth)
 
 
 @pytest.mark.parametrize("average", [False, True])

@@ -158,11 +158,75 @@ def test_help_and_version(capsys):
     for arguments, words in (
         (("--help",), ("reproduce", "rerun an experiment of the paper", "--version")),
         (("reproduce", "--help"), ("de-solver", "Table 1 and Figures 2, S5 and S6")),
+        (("reproduce", "--help"), ("mnist", "perceptron", "complexity", "horizon", "one report of them")),
+        (("reproduce", "mnist", "--help"), ("Section 5", "--output", "--seed", "--seeds", "--quick")),
         ((*DE_SOLVER, "--help"), ("--optimizer", "--output", "--seed", "--seeds", "--horizon", "--quick")),
     ):
         code, out, err = run(capsys, *arguments)
         assert (code, err) == (0, "")
         assert all(word in out for word in words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["complexity"], "koopt reproduce complexity"),
+        (["mnist", "--quick", "--seed", "7", "--output", "elsewhere"], "koopt reproduce mnist --quick --seed 7"),
+        (
+            ["de-solver", "--optimizer", "adam", "--horizon", "200", "--horizon", "400", "--seeds", "3"],
+            "koopt reproduce de-solver --seeds 3 --optimizer adam --horizon 200 --horizon 400",
+        ),
+    ],
+)
+def test_the_command_that_is_noted_asks_for_the_same(arguments, command):
+    parser = cli._parser()
+    given = parser.parse_args(["reproduce", *arguments])
+    assert cli._command(given.name, given) == command
+    again = parser.parse_args(command.split()[1:])
+    assert cli._settings(given.name, again) == cli._settings(given.name, given)
+
+
+ALL = """
+import sys
+from koopt import cli
+from koopt.experiments import complexity, de_solver, horizon_study, perceptron
+
+if __name__ == "__main__":
+    de_solver.QUICK = de_solver.Settings(
+        optimizers=("adagrad",), seeds=2, steps=3200, t1=1000, t2=2400, horizons=(400,), tail=800, stride=100, rank=2,
+        repeats=1,
+    )
+    horizon_study.QUICK = horizon_study.Settings(every=800, window=2000, networks=1)
+    complexity.QUICK = complexity.Settings(
+        points=3, fitted=3, layers=2, window=5, piece=4, widths=(4, 8), batches=(2, 8), horizon=7, repeats=1
+    )
+    perceptron.QUICK = perceptron.Settings(
+        seeds=4, sizes=(6, 12), size_seeds=3, window=40, steps=90, block=5, dropped=10
+    )
+    sys.exit(cli.main())
+"""
+
+
+def test_all_goes_on_without_the_data_of_one_and_writes_the_report_of_the_others(tmp_path):
+    (tmp_path / "all.py").write_text(ALL)
+    (tmp_path / "nothing").mkdir()
+    command = [sys.executable, "all.py", "reproduce", "all", "--quick", "--output", "out"]
+    environment = os.environ | {"KOOPT_DATA": str(tmp_path / "nothing")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "report: out/report/index.html\n"
+    refusal = [line for line in done.stderr.splitlines() if line.startswith("koopt: ")]
+    assert len(refusal) == 1
+    assert refusal[0].startswith("koopt: mnist: KOOPT_DATA: ")
+    assert "Traceback" not in done.stderr
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    for name in ("de-solver", "perceptron", "complexity", "horizon"):
+        result = json.loads((tmp_path / "out" / name / "result.json").read_text())
+        assert result["command"] == f"koopt reproduce {name} --quick"
+        assert result["command"] in page
+        assert result["seconds"] > 0
+        assert result["figures"]
+    assert len(list((tmp_path / "out").glob("*/recordings"))) == 1  # the horizon's are those of the solver
 
 
 MISSING = """

@@ -75,9 +75,9 @@ def folders(tmp_path):
         SOLVER,
         drawn["de-solver"],
         seconds=694.0,
-        command="koopt reproduce de-solver --seed 3",
         findings=["A line is as good & cheaper: T_eq > T."],
     )
+    report.add_command(tmp_path / "de-solver", "koopt reproduce de-solver --seed 3")
     claims = [{"study": "finding", "finding": "it is so", "verdict": "holds"}]
     report.write_result(tmp_path / "new-one", "new-one", {}, ODD + claims, drawn["new-one"])
     return {name: tmp_path / name for name in ("de-solver", "new-one", "mnist")}

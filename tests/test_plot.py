@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from koopt import plot
+from koopt.experiments import panels
 
 STEPS = np.arange(0, 1001, 50)
 RNG = np.random.default_rng(0)
@@ -88,6 +89,21 @@ def expectations(expected, actual):
     return {"pairs": {"one": both, "other": both}, "tolerance": 0.1}
 
 
+def epochs(values, *found):
+    named = {f"forecast {i}": (5.5, np.asarray(f, dtype=np.float64)) for i, f in enumerate(found)}
+    return {"epochs": np.arange(1, len(values) + 1), "values": values, "window": (2, 5), "forecasts": named}
+
+
+def changes(*columns):
+    named = {f"way {i}": np.array(column, dtype=np.float64) for i, column in enumerate(columns)}
+    return {"changes": named, "bold": "way 0"}
+
+
+def sweep(*curves):
+    named = {f"rank {i}": np.array(curve, dtype=np.float64) for i, curve in enumerate(curves)}
+    return {"ahead": np.array([0.1, 0.5, 1.0]), "changes": named, "mark": 0.5}
+
+
 WEIGHTS = np.sin(STEPS[:, None] / np.array([300, 500, 700]))
 MOVED = RNG.lognormal(size=200)
 
@@ -138,26 +154,44 @@ CASES = {
         "NaN": spectra([NAN, 1.0, INF], zoom=0.01),
         "none": spectra([]),
     },
-    plot.error_curves: {
+    panels.epoch_curves: {
+        "many seeds": epochs(LOSS, LOSS[-1], LOSS[-2]),
+        "one seed": epochs(LOSS[:, :1], [0.5]),
+        "constant": epochs(np.ones((9, 3)), np.ones(3)),
+        "NaN": epochs(broken(LOSS), broken(LOSS[-1])),
+        "only NaN": epochs(LOSS * NAN, [NAN, INF]),
+        "no forecast": epochs(LOSS),
+    },
+    panels.paired_changes: {
+        "ways": changes([-0.1, 0.2, -0.3], [0.1, 0.0, 0.0]),
+        "one": changes([0.0]),
+        "NaN": changes([NAN, 0.1], [-0.1, -0.2]),
+    },
+    panels.horizon_sweep: {
+        "ranks": sweep([-0.04, -0.05, -0.03], [0.1, 0.2, 0.3]),
+        "no gain": sweep([0.0, 0.0, 0.0]),
+        "NaN": sweep([NAN, -0.1, INF]),
+    },
+    panels.error_curves: {
         "curves": learning(LOSS / 10, LOSS / 20),
         "NaN": learning(np.where(LOSS > 1, NAN, LOSS), np.where(LOSS > 1, INF, LOSS)),
         "only NaN": learning(np.full_like(LOSS, NAN)),
         "more curves than colors": learning(*[LOSS / 10] * 9),
     },
-    plot.error_against_size: {
+    panels.error_against_size: {
         "sizes": sizes([0.1, 0.2, 0.3]),
         "one size": sizes([0.1]),
         "NaN": sizes([0.1, NAN, INF]),
         "only NaN": sizes([NAN, NAN]),
     },
-    plot.offered_horizons: {
+    panels.offered_horizons: {
         "many seeds": offers([[0, 100], [900, 1300], [4200, 4900]], [[0, 0], [900, 2800], [9400, 9400]]),
         "one seed": offers([[0], [900]]),
         "one time": offers([[0, 900]]),
         "all refused": offers(np.zeros((3, 2))),
         "NaN": offers(np.full((3, 2), NAN), [[INF, 1], [NAN, 2], [3, 4]]),
     },
-    plot.calibration: {
+    panels.calibration: {
         "errors": expectations([1e-3, 1e-2, 0.1], [1e-4, 2e-2, 0.05]),
         "one": expectations([1e-3], [1e-3]),
         "zeros": expectations([0, 0.1], [0, 0]),
@@ -170,7 +204,7 @@ CASES = {
         "no error": growth([0.0, 0.0, 0.0]),
         "NaN": growth([0.1, NAN, INF], [NAN, NAN, NAN]),
     },
-    plot.scaling: {
+    panels.scaling: {
         "operators": curves([1e-6, 1e-5, 1e-4], [2e-6, 2e-6, 2e-6]),
         "one point": curves([1e-6, NAN, NAN]),
         "constant": curves([1e-3, 1e-3, 1e-3]),
@@ -178,7 +212,7 @@ CASES = {
         "too fast for the clock": curves([0.0, 0.0, 1e-9]),
         "none": {"curves": {}},
     },
-    plot.gains: {
+    panels.gains: {
         "a map": gains([[0.1, 2.0], [30.0, 4e5]], [[0.5, 2.0], [2.0, 2.0]]),
         "one cell": gains([[1.0]], [[1.0]]),
         "too large": gains([[0.5, NAN]], [[0.5, 2.0]]),
@@ -208,13 +242,13 @@ def test_draws_on_the_axes_given(function, data):
 
 
 @pytest.mark.parametrize(
-    "function", CASES.keys() - {plot.gains, plot.offered_horizons}, ids=lambda function: function.__name__
+    "function", CASES.keys() - {panels.gains, panels.offered_horizons}, ids=lambda function: function.__name__
 )
 def test_every_method_stands_in_the_legend(function):
     data = next(iter(CASES[function].values()))
     ax = function(matplotlib.figure.Figure().subplots(), **data)
     names = [text.get_text() for text in ax.get_legend().get_texts()] if ax.get_legend() else []
-    names += [label.get_text() for label in ax.get_xticklabels()]
+    names += [label.get_text() for label in (*ax.get_xticklabels(), *ax.get_yticklabels())]
     names += [name.partition(":")[0] for name in names]  # what follows is a figure
     given = next(
         (value for value in data.values() if isinstance(value, dict)), {"trained": 0, "forecast": 0, "$t_2$": 0}
@@ -270,7 +304,7 @@ def test_a_narrow_loss_has_a_linear_axis_and_a_wide_one_a_logarithmic():
 
 
 def test_dotted_lines_have_the_slope_of_the_theory_and_end_at_the_largest_size():
-    ax = plot.scaling(
+    ax = panels.scaling(
         matplotlib.figure.Figure().subplots(),
         {"node": (np.array([4, 8, 16]), np.array([3.0, 8.0, NAN]), -0.04, 3)},
         colors=["red"],
@@ -286,7 +320,7 @@ def test_dotted_lines_have_the_slope_of_the_theory_and_end_at_the_largest_size()
 def test_gains_and_the_edge_of_where_they_are_expected():
     gain = np.array([[12.3, 0.456], [1234.0, NAN]])
     expected = np.array([[0.5, 2.0], [1.0, 2.0]])  # 1 is no gain
-    ax = plot.gains(matplotlib.figure.Figure().subplots(), [16, 32], [1, 1024], gain, expected)
+    ax = panels.gains(matplotlib.figure.Figure().subplots(), [16, 32], [1, 1024], gain, expected)
     assert {text.get_position(): text.get_text() for text in ax.texts} == {
         (0, 0): "12",
         (1, 0): "0.46",
@@ -298,17 +332,28 @@ def test_gains_and_the_edge_of_where_they_are_expected():
         [[0.5, 0.5], [0.5, 1.5]],
     ]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "1,024"]
-    across = plot.gains(matplotlib.figure.Figure().subplots(), [16, 32], [1, 1024], gain, expected.T)
+    across = panels.gains(matplotlib.figure.Figure().subplots(), [16, 32], [1, 1024], gain, expected.T)
     assert [line.get_xydata().tolist() for line in across.get_lines()] == [
         [[-0.5, 0.5], [0.5, 0.5]],
         [[0.5, 0.5], [1.5, 0.5]],
     ]
 
 
+def test_changes_are_in_percent_with_the_best_on_top_and_the_chosen_bold():
+    ax = panels.paired_changes(
+        matplotlib.figure.Figure().subplots(), {"a": np.array([-0.01, 0.03]), "b": np.array([-0.04, -0.02])}, bold="b"
+    )
+    labels = ax.get_yticklabels()
+    assert [label.get_text() for label in labels] == ["a", "b"]
+    assert [label.get_fontweight() for label in labels] == ["normal", "bold"]
+    shown = [marks.get_offsets()[:, 0].tolist() for marks in ax.collections if len(marks.get_offsets()) == 2]
+    assert shown == [pytest.approx([-1, 3]), pytest.approx([-4, -2])]
+
+
 def test_error_curves_keep_their_values_and_bands():
     steps, mean, spread = np.array([0.0, 10.0]), np.array([0.2, 0.1]), np.array([0.02, 0.03])
     data = {"training": (steps, mean, spread), "operator": (steps, mean / 2, spread)}
-    ax = plot.error_curves(matplotlib.figure.Figure().subplots(), steps, mean, 5, data)
+    ax = panels.error_curves(matplotlib.figure.Figure().subplots(), steps, mean, 5, data)
     smoothed, first, second = (line.get_ydata().tolist() for line in ax.get_lines())
     assert (smoothed, first, second) == ([0.2, 0.1], [0.2, 0.1], [0.1, 0.05])
     bands = [set(np.round(band.get_paths()[0].vertices[:, 1], 6)) for band in ax.collections]
@@ -318,7 +363,7 @@ def test_error_curves_keep_their_values_and_bands():
 def test_careful_data_are_drawn_in_the_color_of_their_operator():
     given = sizes([0.1, 0.2])
     given["careful"] = {label: 0.5 * errors for label, errors in given["errors"].items()}
-    ax = plot.error_against_size(matplotlib.figure.Figure().subplots(), **given)
+    ax = panels.error_against_size(matplotlib.figure.Figure().subplots(), **given)
     lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
     for label in given["errors"]:
         plain, careful = lines[label], lines[f"{label}, careful"]
@@ -329,7 +374,7 @@ def test_careful_data_are_drawn_in_the_color_of_their_operator():
 
 def test_offered_and_achieved_horizons_are_medians_over_seeds():
     data = offers([[0, 0, 900], [100, 300, 400]], [[0, 100, 100], [900, 900, 2800]])
-    ax = plot.offered_horizons(matplotlib.figure.Figure().subplots(), **data)
+    ax = panels.offered_horizons(matplotlib.figure.Figure().subplots(), **data)
     achieved, offered, fixed = (line.get_ydata() for line in ax.get_lines())
     assert achieved.tolist() == [100, 900]
     assert offered.tolist() == [0, 300]
@@ -339,7 +384,7 @@ def test_offered_and_achieved_horizons_are_medians_over_seeds():
 
 def test_calibration_counts_what_came_below_what_was_expected():
     pairs = {"one": (np.array([0.1, 0.2, 0.3, 0.4, 0.0]), np.array([0.1, 0.1, 0.1, 0.5, 0.1]))}
-    ax = plot.calibration(matplotlib.figure.Figure().subplots(), pairs, 0.2)
+    ax = panels.calibration(matplotlib.figure.Figure().subplots(), pairs, 0.2)
     assert ax.get_legend().get_texts()[0].get_text() == "one: 75% below expected"
     assert points(ax).tolist() == [[0.1, 0.1], [0.2, 0.1], [0.3, 0.1], [0.4, 0.5]]
     diagonal, tolerance = (line.get_xydata().tolist() for line in ax.get_lines())

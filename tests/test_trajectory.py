@@ -854,3 +854,43 @@ def test_load_into_tells_autograd():
     koopt.load_into(model, weights_of(model))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# plans
+
+
+def recorded(path, **options):
+    """A trajectory of a two-weight model that went along `path` `(steps, 2)`."""
+    model = nn.Linear(2, 1, bias=False).double()
+    traj = koopt.Trajectory(model, window=len(path), **options)
+    for weights in path:
+        koopt.load_into(model, {"weight": weights[None]})
+        traj.record()
+    return model, traj
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"stride": 3, "average": True}], ids=str)
+def test_a_plan_counts_optimizer_steps_from_the_last_recorded_one(options):
+    steps = torch.arange(60, dtype=torch.float64)[:, None]
+    path = steps * torch.tensor([1.0, -2.0], dtype=torch.float64)
+    _, traj = recorded(path, **options)
+    found = traj.plan(6)
+    assert found.reason == "ok"
+    assert found.horizon == (6 + traj.age) / traj.stride
+    torch.testing.assert_close(traj.follow(found)["weight"][0], path[-1] * 65 / 59)
+
+
+def test_a_plan_that_refuses_leads_nowhere_and_an_old_one_is_refused():
+    path = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, traj = recorded(path)
+    found = traj.plan()
+    assert (found.horizon, found.reason[:5]) == (0, "noise")
+    assert torch.equal(traj.follow(found)["weight"][0], path[-1])
+    shorter = recorded(path[:30])[1].plan()
+    with pytest.raises(ValueError, match="the plan was made from 30, got 40"):
+        traj.follow(shorter)
+
+
+def test_a_plan_needs_snapshots():
+    with pytest.raises(ValueError, match="record more"):
+        recorded(torch.zeros(3, 2, dtype=torch.float64))[1].plan()

@@ -103,13 +103,17 @@ def _settings(name: str, given: argparse.Namespace) -> Any:
         chosen["seeds"] = given.seeds
     if getattr(given, "horizon", None):
         chosen["horizons"] = tuple(given.horizon)
-    return replace(experiment.QUICK if given.quick else experiment.Settings(), **chosen)
+    settings = experiment.QUICK if given.quick else experiment.Settings()
+    if name == "horizon":  # of the same networks
+        return replace(settings, solver=_settings("de-solver", given))
+    return replace(settings, **chosen)
 
 
 def _experiment(name: str) -> Any:
     import importlib
 
-    return importlib.import_module(f"koopt.experiments.{name.replace('-', '_')}")
+    module = "horizon_study" if name == "horizon" else name.replace("-", "_")
+    return importlib.import_module(f"koopt.experiments.{module}")
 
 
 def _reproduce_one(given: argparse.Namespace) -> int:
@@ -142,14 +146,9 @@ def _reproduce_all(given: argparse.Namespace) -> int:
     failures, interrupted = [], False
     with _progress() as progress:
         for name in ORDER:
-            more = {"recordings": folders["de-solver"] / "recordings"} if name == "horizon" else {}
+            more = _of_the_others(folders, given) if name == "horizon" else {}
             try:
-                settings = _settings(name, given)
-                if name == "horizon":  # of the networks that are already trained
-                    from dataclasses import replace
-
-                    settings = replace(settings, solver=_settings("de-solver", given))
-                rows = _experiment(name).reproduce(settings, folders[name], progress, **more)
+                rows = _experiment(name).reproduce(_settings(name, given), folders[name], progress, **more)
             except (ValueError, OSError) as error:
                 failures.append(f"{name}: {_one_line(str(error))}")
                 continue
@@ -166,6 +165,17 @@ def _reproduce_all(given: argparse.Namespace) -> int:
     if interrupted:
         raise KeyboardInterrupt
     return 2 if failures else 0
+
+
+def _of_the_others(folders: dict[str, Path], given: argparse.Namespace) -> dict[str, Any]:
+    """What earlier experiments have recorded, for the one that looks at horizons."""
+    from koopt.experiments import noisy_windows
+
+    recorded: dict[str, Any] = {"recordings": folders["de-solver"] / "recordings"}
+    if (folders["mnist"] / "result.json").exists():
+        run = _settings("mnist", given).run
+        recorded["noisy"] = noisy_windows.mnist_windows(run, folders["mnist"] / "recordings")
+    return recorded
 
 
 def _command(name: str, given: argparse.Namespace) -> str:

@@ -14,6 +14,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from koopt import linalg
 from koopt.forecasters import METHODS
+from koopt.horizon import Plan, plan
 from koopt.operator import fit
 from koopt.partitions import Partition, partition_of, trainable
 
@@ -219,6 +220,46 @@ class Trajectory:
         except (ValueError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
             self._require_finite_window(window)  # the likely cause, by name
             raise
+
+    def plan(self, steps: float | None = None, tolerance: float = 0.1) -> Plan:
+        """How far the window may be trusted, and by which forecaster.
+
+        Args:
+            steps: optimizer steps after the last recorded one that are wanted; None: as far as may be trusted.
+            tolerance: largest expected ``|error| / |motion|``.
+
+        Returns:
+            A :class:`koopt.Plan`; its horizon is in snapshot steps after the last snapshot, 0 if it refuses.
+
+        Raises:
+            ValueError: as :func:`koopt.plan`.
+
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> traj = koopt.Trajectory(model)
+        >>> for value in range(9):  # stands for training steps
+        ...     _ = nn.init.constant_(model.weight, float(value))
+        ...     traj.record()
+        >>> plan = traj.plan(2)
+        >>> plan.reason, traj.follow(plan)
+        ('ok', {'weight': tensor([[10.]])})
+        """
+        return plan(self._ordered(), None if steps is None else (steps + self.age) / self.stride, tolerance)
+
+    def follow(self, found: Plan) -> dict[str, Tensor]:
+        """The weights where a plan of this window leads; those of the last snapshot if it refused.
+
+        Args:
+            found: as :meth:`plan` returned it; nothing may have been recorded since.
+
+        Returns:
+            New weights by name, in the dtype and on the device of the parameters.
+
+        Raises:
+            ValueError: if the window has another number of snapshots, a parameter was replaced, or the forecast is not
+                finite.
+        """
+        self._require_same_parameters()
+        return self._as_parameters(found.forecast(self._ordered()))
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on recording after a restart: tensors and numbers, loadable with ``weights_only=True``.

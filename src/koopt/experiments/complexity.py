@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from koopt import plot
-from koopt.experiments import complexity_rows, figure2, report, scaling, system
+from koopt.experiments import complexity_rows, figure2, panels, report, scaling, system
 from koopt.experiments.complexity_rows import QUICK, SIZES, Settings
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def _draw_scaling(fitted: Sequence[dict[str, Any]], timed: Sequence[dict[str, An
             taken = [np.nan if row["seconds"] is None else row["seconds"] for row in listed]
             sizes = np.array([row["size"] for row in listed])
             curves[fit["operator"]] = sizes, np.array(taken), fit["exponent"], fit["theory"]
-        plot.scaling(ax, curves, colors=[plot.COLORS[scaling.OPERATORS.index(operator)] for operator in curves])
+        panels.scaling(ax, curves, colors=[plot.COLORS[scaling.OPERATORS.index(operator)] for operator in curves])
         ax.set(xlabel="n, nodes in a layer", ylabel=f"{phase}, seconds")
         ax.set_title(f"{phase.capitalize()}, {form} form", loc="left")
         ax.label_outer()
@@ -263,7 +263,7 @@ def _draw_pays(settings: Settings, paid: Sequence[dict[str, Any]], folder: Path)
             np.array([np.nan if row[name] is None else row[name] for row in listed]).reshape(shape)
             for name in (key, theory)
         )
-        plot.gains(ax, settings.widths, settings.batches, gain, expected)
+        panels.gains(ax, settings.widths, settings.batches, gain, expected)
         ax.set(xlabel="j, batch size", ylabel="n, nodes in a layer")
         ax.set_title(f"{operator.capitalize()}, {form} form:\n{what.format(T=settings.horizon)}", loc="left")
         ax.label_outer()

@@ -69,7 +69,7 @@ def draw(settings: Settings, recorded: recording.Recording, found: dict[Method, 
     plot.eigenvalues(axes[1, 2], spectra, zoom=_surroundings_of_one(spectra))
     axes[1, 2].set_xlabel(r"Re $\lambda$ (of one snapshot step)")
     axes[1, 2].set_title("g  Eigenvalues, all seeds", loc="left")
-    _one_legend(figure, [axes[0, 0], axes[1, 0], axes[1, 1], axes[1, 2]])
+    one_legend(figure, [axes[0, 0], axes[1, 0], axes[1, 1], axes[1, 2]])
     figure.suptitle(
         f"DE solver, {recorded.run.optimizer.capitalize()}, {settings.seeds} seeds, "
         f"$t_1$ = {settings.t1:,}, $t_2$ = {t2:,}"
@@ -84,7 +84,7 @@ def _surroundings_of_one(spectra: dict[str, np.ndarray]) -> float | None:
     return width if 0 < width < 0.3 else None
 
 
-def _one_legend(figure: Any, axes: list[Any]) -> None:
+def one_legend(figure: Any, axes: list[Any]) -> None:
     """One legend below the panels instead of one in each, where it would cover data."""
     entries: dict[str, Any] = {}
     for axis in axes:
@@ -109,7 +109,7 @@ def draw_growth(settings: Settings, growth: dict[str, dict[str, list[float]]], f
         plot.error_growth(axis, path(settings), errors)
         axis.set_title(optimizer.capitalize(), loc="left")
         axis.label_outer()
-    _one_legend(figure, list(axes))
+    one_legend(figure, list(axes))
     return save(figure, folder, "error-ahead.png")
 
 

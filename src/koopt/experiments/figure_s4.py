@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from koopt import plot
-from koopt.experiments import figure2, online
+from koopt.experiments import figure2, online, panels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +61,7 @@ def draw_errors(shown: Sequence[Shown], folder: Path) -> str:
         average = online.expected_error(simulated.window.mean(dim=0), simulated.teacher).expand(2, -1)
         curves["mean of the window"] = np.array([run.window, run.strides]), *_mean_and_error(average)
         steps = np.arange(run.strides - len(batch.mistakes) + 1, run.strides + 1)
-        plot.error_curves(ax, steps, batch.mistakes.numpy(), run.window, curves)
+        panels.error_curves(ax, steps, batch.mistakes.numpy(), run.window, curves)
         ax.set_title(f"{run.teacher} teacher", loc="left")
         ax.label_outer()
     _legend_below(figure, axes[0], axes)
@@ -112,7 +112,7 @@ def draw_sizes(rows: Sequence[dict[str, Any]], folder: Path) -> str:
                 "training": curve("error_trained", method="last"),
                 "mean of the window": curve(method="mean"),
             }
-            plot.error_against_size(ax, sizes, operators, careful, baselines)
+            panels.error_against_size(ax, sizes, operators, careful, baselines)
             ax.set_title(f"{teacher} teacher, {kind}", loc="left")
             ax.label_outer()
     _legend_below(figure, axes[0, 0], axes.flat)

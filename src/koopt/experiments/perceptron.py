@@ -15,6 +15,7 @@ recorded at every step, which costs too much for the largest n_1, or as often in
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -305,6 +306,7 @@ def reproduce(settings: Settings, folder: Path, progress: Callable[[str, int, in
 
 
 def _reproduce(settings: Settings, folder: Path, progress: Callable[[str, int, int], None]) -> list[dict[str, Any]]:
+    begin = time.perf_counter()
     first = [settings.run(teacher, settings.sizes[0], settings.seeds) for teacher in online.TEACHERS]
     larger = [
         settings.run(teacher, size, settings.size_seeds, stride, longer)
@@ -340,7 +342,8 @@ def _reproduce(settings: Settings, folder: Path, progress: Callable[[str, int, i
         claims += perceptron_claims.about_size(batch)
     figures = [figure_s4.draw_errors(shown, folder), figure_s4.draw_weights(shown[-1], folder)]
     figures.append(figure_s4.draw_sizes([row for row in rows if row["study"] == "size"], folder))
-    report.write_result(folder, "perceptron", asdict(settings), rows + claims, figures)
+    seconds = time.perf_counter() - begin
+    report.write_result(folder, "perceptron", asdict(settings), rows + claims, figures, seconds)
     return rows + claims
 
 
