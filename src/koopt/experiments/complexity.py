@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib.figure
 import numpy as np
-import torch
 
 from koopt import plot
 from koopt.experiments import complexity_rows, figure2, panels, report, scaling, system
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["COLUMNS", "QUICK", "TABLES", "Settings", "check", "findings", "reproduce"]
 
-LAST_SEED = 2**64 - 1  # of torch.manual_seed
 COLUMNS = {
     "operator": "operator",
     "form": "form",
@@ -68,8 +66,7 @@ TABLES = {"exponent": COLUMNS, "saving": SAVING_COLUMNS, "pays": PAYS_COLUMNS}  
 
 def check(settings: Settings) -> None:
     """Refuse settings that cannot be run, before anything is written."""
-    if not 0 <= settings.seed <= LAST_SEED:
-        raise ValueError(f"--seed is {settings.seed}, expected 0 or more, below 2^64")
+    system.require_seeds(settings.seed)
     most = min(len(sizes) for *_, sizes in SIZES.values())
     if not 3 <= settings.fitted <= settings.points <= most:
         raise ValueError(
@@ -110,14 +107,10 @@ def reproduce(settings: Settings, folder: Path, progress: Callable[[str, int, in
     system.require_folder(folder, "--output")
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with system.one_thread():
         timed = complexity_rows.time_sweeps(settings, progress)
         saved = complexity_rows.save_rows(settings, progress)
         paid = complexity_rows.pay_rows(settings, progress)
-    finally:
-        torch.set_num_threads(threads)
     fitted = complexity_rows.fit_exponents(settings, timed)
     rows = [*fitted, *saved, *paid]
     _write_times(timed, folder)

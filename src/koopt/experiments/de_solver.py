@@ -49,7 +49,6 @@ COLUMNS = {
     "speedup": "speed-\nup",
     "speedup_with_recording": "… with\nrecord.",
 }
-LAST_SEED = 2**64 - 1  # of torch.manual_seed
 PAPER_ERROR = 0.0044  # median |error| / |motion|, one figure for the node operators
 
 
@@ -108,12 +107,7 @@ def check(settings: Settings) -> None:
     for optimizer in settings.optimizers:
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"--optimizer is {optimizer!r}, expected {', '.join(OPTIMIZERS)} or all")
-    if settings.seeds < 1:
-        raise ValueError(f"--seeds is {settings.seeds}, expected at least 1")
-    if not 0 <= settings.seed <= LAST_SEED - settings.seeds + 1:
-        raise ValueError(
-            f"--seed is {settings.seed}, expected 0 or more, and the last of {settings.seeds} seeds below 2^64"
-        )
+    system.require_seeds(settings.seed, settings.seeds)
     trail, tail, stride = recording.TRAIL, settings.tail, settings.stride
     t1, t2, last = settings.t1, settings.t2, settings.steps - settings.t2
     if not 0 <= t1 <= t2 - trail or t1 % trail or t2 % trail:
@@ -158,12 +152,8 @@ def reproduce(
     begin = time.perf_counter()
     if not recording.record_all(runs, folder / "recordings", progress):
         return None
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with system.one_thread():
         return _evaluate(settings, folder, progress, begin)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def tables(

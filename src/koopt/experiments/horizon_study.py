@@ -148,14 +148,10 @@ def reproduce(
     if not recording.record_all(runs, recordings, progress):
         return None
     begun = time.perf_counter()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with system.one_thread():
         rows, cases = _plan_everywhere(settings, recordings, progress)
         windows = {**minibatch_windows(settings.networks, settings.seed, progress), **(noisy or {})}
         rows += [noise_row(label, several, settings.tolerance) for label, several in windows.items()]
-    finally:
-        torch.set_num_threads(threads)
     figures = [_draw_offers(settings, cases, folder), _draw_calibration(settings, cases, folder)]
     seconds = time.perf_counter() - begun
     report.write_result(folder, "horizon", asdict(settings), rows, figures, seconds, findings=findings(rows))

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from koopt.experiments.minibatch import Run
 
 PAPER_SHARE = 0.97  # Table 2: T_eq/T
-LAST_SEED = 2**64 - 1  # of torch.manual_seed
 COLUMNS = {
     "setting": "setting",
     "by": "operator",
@@ -127,12 +126,7 @@ def _first_dip(run: Run, loss: Tensor, protocol: Protocol) -> float | None:
 
 def check(settings: Settings) -> None:
     """Refuse settings that cannot be run, before anything is written."""
-    if settings.seeds < 1:
-        raise ValueError(f"--seeds is {settings.seeds}, expected at least 1")
-    if not 0 <= settings.seed <= LAST_SEED - settings.seeds + 1:
-        raise ValueError(
-            f"--seed is {settings.seed}, expected 0 or more, and the last of {settings.seeds} seeds below 2^64"
-        )
+    system.require_seeds(settings.seed, settings.seeds)
     run = settings.run
     if settings.epochs < run.t2 + run.ahead:
         raise ValueError(f"--epochs is {settings.epochs}, expected at least {run.t2 + run.ahead}: t2 and T beyond it")
@@ -163,12 +157,8 @@ def reproduce(
     begin = time.perf_counter()
     if not minibatch.record_all(settings.run, folder / "recordings", progress):
         return None
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with system.one_thread():
         return _evaluate(settings, folder, progress, begin)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def tables(

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-LAST_SEED = 2**64 - 1  # of torch.Generator.manual_seed
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -246,8 +244,7 @@ def check(settings: Settings) -> None:
     """Refuse settings that cannot be run, before anything is written."""
     if settings.seeds < 2:
         raise ValueError(f"--seeds is {settings.seeds}, expected at least 2: a standard error is taken over them")
-    if not 0 <= settings.seed <= LAST_SEED:
-        raise ValueError(f"--seed is {settings.seed}, expected 0 or more, and below 2^64")
+    system.require_seeds(settings.seed)
     if settings.size_seeds < 2:
         raise ValueError(f"size_seeds is {settings.size_seeds}, expected at least 2")
     if settings.outputs < 1:
@@ -297,12 +294,8 @@ def reproduce(settings: Settings, folder: Path, progress: Callable[[str, int, in
     check(settings)
     system.require_folder(folder, "--output")
     folder.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with system.one_thread():
         return _reproduce(settings, folder, progress)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _reproduce(settings: Settings, folder: Path, progress: Callable[[str, int, int], None]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the machine has to give: space on disk, a folder to oneself, Ctrl-C without loss."""
+"""What the machine has to give: seeds, a thread, space on disk, a folder to oneself, Ctrl-C without loss."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 try:
     import fcntl
@@ -19,6 +20,28 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+LAST_SEED = 2**64 - 1  # of torch.manual_seed
+
+
+def require_seeds(seed: int, seeds: int = 1) -> None:
+    """Refuse seeds that torch does not take: from `seed` on, so many."""
+    if seeds < 1:
+        raise ValueError(f"--seeds is {seeds}, expected at least 1")
+    if not 0 <= seed <= LAST_SEED - seeds + 1:
+        several = f"the last of {seeds} seeds " if seeds > 1 else ""
+        raise ValueError(f"--seed is {seed}, expected 0 or more, and {several}below 2^64")
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, so that times are comparable."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def require_folder(folder: Path, name: str) -> None:
