@@ -74,7 +74,7 @@ def methods(settings: Settings) -> list[Method]:
     run = settings.run
     denoised = {"rank": settings.rank, "projected": True, "max_modulus": 1.0}
     strided = {"rank": settings.strided_rank, "max_modulus": 1.0, "max_size": classifier.QUASI_NODE}
-    block = f"means of {run.look} steps"
+    block, epoch = f"means of {run.look} steps", run.epoch_steps // run.look
     return [
         Method("koopman", "quasi-node", "paper", "every step", "every_step", None, run.horizon, {"rtol": run.rtols[0]}),
         Method(
@@ -99,9 +99,9 @@ def methods(settings: Settings) -> list[Method]:
         ),
         Method("koopman", "network", "recommended", block, "blocks", None, settings.ahead, denoised),
         Method("last", "network", "baseline", "no change", "samples"),
-        Method("line", "network", "baseline", f"line, {block}", "blocks", None, 1, {"span": _blocks(run) - 1}),
+        Method("line", "network", "baseline", f"line, {block}", "blocks", epoch, -3, {"span": epoch - 1}),
         Method("regression", "network", "baseline", f"regression, {block}", "blocks", _blocks(run) * 5 // 6, -6),
-        Method("mean", "network", "baseline", "mean of the last epoch", "blocks", run.epoch_steps // run.look),
+        Method("mean", "network", "baseline", "mean of the last epoch", "blocks", epoch),
         *(
             Method("ema", "network", "baseline", f"EMA {decay}", "averages", options={"decay": decay})
             for decay in run.decays
