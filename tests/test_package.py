@@ -83,9 +83,9 @@ def test_the_readme_runs():
     optimizer = torch.optim.Adam(model.parameters())
     state, snapshots = torch.rand(4, 5), torch.rand(4, 8, 5)
     names = {"koopt": koopt, "model": model, "optimizer": optimizer, "snapshots": snapshots, "state": state}
-    names["loader"] = [(None, None)] * 501
+    names["loader"] = [(None, None)] * 1001
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(blocks) >= 2
     for block in blocks:
         exec(block, names)
-    assert len(names["traj"]) == 3
+    assert len(names["traj"]) == 5
