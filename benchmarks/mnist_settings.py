@@ -81,6 +81,11 @@ def candidates(run: minibatch.Run) -> list[mnist_methods.Method]:
             for n, r, h in itertools.product(shares[1:], range(1, 7), ahead)
         ),
         *(
+            of("network operators of several ranks, block means", "ensemble", "blocks", None, h, ranks=ranks)
+            for ranks in ((2, 3), (2, 3, 4), (2, 3, 4, 5), (3, 5), (3, 6), (2, 3, 4, 5, 6, 8))
+            for h in ahead
+        ),
+        *(
             of("quasi-node operators, every step, aimed at T", "koopman", "every_step", None, run.horizon, **more)
             for more in ({"rtol": rtol, "max_modulus": limit} for rtol in run.rtols for limit in run.limits)
         ),
@@ -113,7 +118,7 @@ def line(
     return {
         "what": method.what,
         "window": (method.snapshots or run.window_steps // run.look) * run.look,
-        "rank": method.options.get("rank"),
+        "rank": method.options.get("rank") or ", ".join(map(str, method.options.get("ranks", ()))),
         "rtol": method.options.get("rtol"),
         "max_modulus": method.options.get("max_modulus"),
         "projected": method.options.get("projected"),

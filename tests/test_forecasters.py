@@ -186,7 +186,7 @@ def test_affine_rules_sum_to_one(rule, options, seed, time, state, horizon):
 
 
 def test_every_rule_is_named_and_leaves_its_input_alone():
-    assert list(METHODS) == ["koopman", "last", "mean", "line", "regression", "ema", "dema", "anderson"]
+    assert list(METHODS) == ["koopman", "last", "mean", "line", "regression", "ema", "dema", "anderson", "ensemble"]
     for name, rule in METHODS.items():
         assert rule.__name__ == name
         assert list(inspect.signature(rule).parameters)[:2] == ["snapshots", "horizon"]
@@ -245,3 +245,22 @@ def test_cuda(rule, options):
     there = rule(batch.cuda(), 4.5, **options)
     assert there.is_cuda
     assert_close(there.cpu(), rule(batch, 4.5, **options), rtol=1e-7, atol=1e-7)
+
+
+# several ranks
+
+
+@pytest.mark.parametrize("state", [5, 400])
+@pytest.mark.parametrize(("ranks", "max_modulus"), [((2, 3), 1.0), ((1, 2, 4), None), ((3,), 0.9)])
+def test_an_ensemble_is_the_mean_of_the_forecasts_of_its_ranks(state, ranks, max_modulus):
+    generator = torch.Generator().manual_seed(state)
+    noise = torch.randn(2, 30, state, generator=generator, dtype=torch.float64)
+    snapshots = 1 + torch.linspace(0, 1, 30, dtype=torch.float64)[:, None] ** 2 + 0.05 * noise
+    one_by_one = [koopt.fit(snapshots, rank=rank, projected=True).forecast(7, max_modulus) for rank in ranks]
+    found = linalg.combine(METHODS["ensemble"](snapshots, 7, ranks, max_modulus), snapshots)
+    assert_close(found, torch.stack(one_by_one).mean(dim=0), rtol=1e-6, atol=1e-6)
+
+
+def test_an_ensemble_of_no_ranks_is_refused():
+    with pytest.raises(ValueError, match="ranks is empty"):
+        METHODS["ensemble"](torch.zeros(4, 2), 1, ranks=())

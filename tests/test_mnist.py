@@ -251,7 +251,7 @@ def outcome(digits, tmp_path_factory):
         def run(self):
             return RUN
 
-    settings = Small(seeds=2, seed=3, epochs=5, rank=2, ahead=3, repeats=1)
+    settings = Small(seeds=2, seed=3, epochs=5, ranks=(1, 2), ahead=3, repeats=1)
     folder = tmp_path_factory.mktemp("mnist")
     minibatch_folder = folder / "recordings"
     minibatch_folder.mkdir()
@@ -306,7 +306,7 @@ def test_forecasts_are_those_of_a_trajectory(trained, outcome):
     for weights in trained.window[1:]:
         nn.utils.vector_to_parameters(weights, network.parameters())
         traj.record()
-    weights = traj.forecast(best.horizon, **best.options)
+    weights = traj.forecast(best.horizon, method="ensemble", **best.options)
     assert_close(torch.cat([tensor.flatten() for tensor in weights.values()]), found)
     for method in ("line", "regression", "dema", "mean"):
         chosen = next(m for m in mnist_methods.methods(settings) if m.method == method)

@@ -17,10 +17,12 @@ from koopt import linalg
 from koopt.operator import fit_in_form
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from jaxtyping import Float
     from torch import Tensor
+
+RESOLVED = 1e-7  # share of the largest singular value that a Gram matrix of snapshots still shows
 
 
 def koopman(
@@ -44,6 +46,37 @@ def koopman(
     tensor([0.0000, 0.5000], dtype=torch.float64)
     """
     return fit_in_form(snapshots, snapshot_form=True, **fit_options).coefficients(horizon, max_modulus)
+
+
+def ensemble(
+    snapshots: Float[Tensor, "*batch time state"],
+    horizon: float,
+    ranks: Sequence[int] = (2, 3),
+    max_modulus: float | None = 1.0,
+) -> Float[Tensor, "*batch time"]:
+    """The mean of projected Koopman forecasts of several low ranks: for noisy windows, where no one rank is safe.
+
+    Args:
+        snapshots: `(*batch, time, state)`, in noisy training block means.
+        horizon: snapshot steps >= 0.
+        ranks: of the operators, each at least 1 and below the number of snapshots.
+        max_modulus: as in :func:`koopman`; None lets modes grow.
+
+    Raises:
+        ValueError: if there are no ranks, and as :func:`koopman`.
+
+    Source: Bates & Granger (1969), combined forecasts.
+
+    >>> decay = 0.9 ** torch.arange(5.0)[:, None] * torch.tensor([1.0, 2.0])
+    >>> ensemble(decay, 1, ranks=(1,)) @ decay.double() / decay[-1]
+    tensor([0.9000, 0.9000], dtype=torch.float64)
+    """
+    if not ranks:
+        raise ValueError("ranks is empty, expected at least one, such as (2, 3)")
+    squares, vectors = linalg.eigh(linalg.gram(snapshots))
+    factor = vectors * squares.clamp_min(0.0).sqrt().unsqueeze(-2)  # the weights are read once for all ranks
+    found = [koopman(factor, horizon, max_modulus, rank=rank, rtol=RESOLVED, projected=True) for rank in ranks]
+    return torch.stack(found).mean(dim=0)
 
 
 def last(snapshots: Float[Tensor, "*batch time state"], horizon: float) -> Float[Tensor, "*batch time"]:
@@ -216,6 +249,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "ema": ema,
     "dema": dema,
     "anderson": anderson,
+    "ensemble": ensemble,
 }
 
 

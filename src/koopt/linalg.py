@@ -23,6 +23,7 @@ PARALLEL = 1e-3  # eigenvectors of eigenvalue 1 closer than this are one defecti
 SUBSPACE_ERROR = 1e-8  # largest angle accepted from a Gram matrix
 OVERSAMPLING = 4
 SWEEPS = 3
+FEW = 128  # rows in all up to which a full eigendecomposition takes less time than the calls of a sweep
 CHUNK = 4096  # columns of a tall factor at a time, so that a piece stays in cache
 WIDE_CHUNK = 16 * CHUNK  # where a piece is only multiplied
 
@@ -190,6 +191,9 @@ def leading_eigenvectors(
     symmetric = symmetric / scale[:, None, None]  # so that its own square exists
     size = symmetric.shape[-1]
     width = min(size, count + OVERSAMPLING)
+    if len(symmetric) * size <= FEW:
+        block, _, values, settled = _rayleigh_ritz(symmetric, eigh(symmetric)[1][..., :width], count)
+        return values[..., :count] * scale.unsqueeze(-1), block[..., :count], settled
     generator = torch.Generator().manual_seed(0)  # a fixed start: the same data always give the same operator
     block = torch.randn(size, width, generator=generator, dtype=torch.float64).to(symmetric.device)
     block = _orthonormal(symmetric @ (symmetric @ block))

@@ -176,7 +176,7 @@ class Trajectory:
 
         Args:
             steps: optimizer steps >= 0, or ``math.inf``; the horizon is (steps + age)/stride snapshot steps.
-            method: "koopman", "last", "mean", "line", "regression", "ema", "dema" or "anderson".
+            method: "koopman", "last", "mean", "line", "regression", "ema", "dema", "anderson" or "ensemble".
             by, max_size: which weights share an operator, as in :func:`koopt.partition`.
             options: those of :func:`koopt.fit`, and `max_modulus`; for other methods those of the rule of that name.
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 import koopt
-from koopt import metrics, plot
+from koopt import linalg, metrics, plot
 from koopt.experiments import classifier, panels
 from koopt.experiments.figure2 import save
+from koopt.forecasters import ensemble
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,7 +107,7 @@ def _complex(values: Tensor) -> np.ndarray:
 
 def _network_spectrum(settings: Settings, groups: list[Group]) -> np.ndarray:
     windows = torch.cat([group.blocks for group in groups], dim=1).transpose(0, 1)
-    return koopt.fit(windows, rank=settings.rank, projected=True).eigenvalues.flatten().numpy()
+    return koopt.fit(windows, rank=max(settings.ranks), projected=True).eigenvalues.flatten().numpy()
 
 
 def _sweep(settings: Settings, groups: list[Group], validation: Protocol) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -116,13 +117,12 @@ def _sweep(settings: Settings, groups: list[Group], validation: Protocol) -> tup
     blocks = np.array([1, 3, 6, 9, 12, 16, 20, 25, 30, 40])
     start = validation.loss[run.t2].mean()
     curves = {}
-    for rank in sorted({1, 2, settings.rank, settings.rank + 2}):
-        operator = koopt.fit(windows, rank=rank, projected=True)
+    for ranks in ((1,), (2,), (3,), (5,), settings.ranks):
         losses = [
             classifier.loss_and_accuracy(
-                operator.forecast(int(n), max_modulus=1.0), validation.images, validation.labels
+                linalg.combine(ensemble(windows, int(n), ranks), windows), validation.images, validation.labels
             )[0].mean()
             for n in blocks
         ]
-        curves[f"rank {rank}"] = (torch.stack(losses) / start - 1).numpy()
+        curves[f"rank {', '.join(map(str, ranks))}"] = (torch.stack(losses) / start - 1).numpy()
     return np.array([_beyond(int(n), run) for n in blocks]), curves

@@ -377,12 +377,12 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
         for name in (OWN, FIXED, f"{FIXED}, T accepted", f"{FIXED}, T not accepted"):
             of = [row for row in swept if row["what"] == name and row["jumps"]]
             count = sum(row["jumps"] for row in of)
-            parts[name] = (sum(row["success"] * row["jumps"] for row in of) / count if count else math.nan, count)
+            share = sum(row["success"] * row["jumps"] for row in of) / count if count else 0.0
+            parts[name] = f"{share:.3f} of {count}" if count else "none of 0"
+        accepted, otherwise = (parts[f"{FIXED}, T {verdict}"] for verdict in ("accepted", "not accepted"))
         said.append(
-            f"{optimizer}, all along the run: {parts[OWN][0]:.3f} of {parts[OWN][1]} planned jumps lower the loss; the "
-            f"fixed rule's succeed in {parts[f'{FIXED}, T accepted'][0]:.3f} of {parts[f'{FIXED}, T accepted'][1]} "
-            f"cases where the plan accepts T, and in {parts[f'{FIXED}, T not accepted'][0]:.3f} of "
-            f"{parts[f'{FIXED}, T not accepted'][1]} where it does not"
+            f"{optimizer}, all along the run: {parts[OWN]} planned jumps lower the loss; the fixed rule's succeed in "
+            f"{accepted} cases where the plan accepts T, and in {otherwise} where it does not"
         )
     said += [
         f"{row['what']}: {row['reason']} of {row['networks']}, drift over noise {row['drift_over_noise']:.2g}"

@@ -79,7 +79,7 @@ def row(
         "setting": method.setting,
         "what": method.what,
         "T": run.horizon,
-        "rank": method.options.get("rank"),
+        "rank": method.options.get("rank") or ", ".join(map(str, method.options.get("ranks", ()))) or None,
         "rtol": method.options.get("rtol"),
         "window": run.window_steps if method.snapshots is None else method.snapshots * run.look,
         "stride": 1 if method.source in ("every_step", "averages") else run.look,
@@ -186,9 +186,9 @@ def _evaluate(
     def tell() -> None:
         nonlocal done
         done += 1
-        progress("forecast and time", done, total)
+        progress("forecast digits", done, total)
 
-    progress("forecast and time", done, total)
+    progress("forecast digits", done, total)
     digits = data.mnist()
     in_memory, loaded = classifier_step_seconds(digits, run.batch)
     tell()
