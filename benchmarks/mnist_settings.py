@@ -56,7 +56,7 @@ def main() -> None:
         for method in candidates(run)
     ]
     rows.sort(key=lambda row: row["loss"])
-    console = Console(width=120)
+    console = Console(width=150)
     for what in dict.fromkeys(row["what"] for row in rows):
         console.print(report.table(what, COLUMNS, [row for row in rows if row["what"] == what][: given.shown]))
     seconds = time.perf_counter() - begin

@@ -34,7 +34,7 @@ class Settings:
     seed: int = 0
     epochs: int = 16
     ranks: tuple[int, ...] = (2, 3)
-    ahead: int = 24
+    ahead: int = 18
     strided_rank: int = 6
     repeats: int = 21
 
