@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 PAPER_SHARE = 0.97  # Table 2: T_eq/T
 COLUMNS = {
-    "setting": "setting",
     "by": "operator",
     "what": "how",
     "success": "success",
@@ -41,12 +40,9 @@ COLUMNS = {
     "teq_over_T_mean": "…\nmean",
     "teq_over_T_error": "…\n± s.e.",
     "censored": "cen-\nsored",
-    "teq_over_T_dip": "first\ndip",
     "loss": "loss",
     "accuracy": "accu-\nracy",
     "speedup": "speed-\nup",
-    "speedup_with_recording": "… with\nrecord.",
-    "recording_share": "record./\nstep",
 }
 
 
