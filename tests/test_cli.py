@@ -357,3 +357,8 @@ def test_ctrl_c_and_kill_and_going_on(tmp_path):
     assert "recommended" in out
     assert out.endswith(f"figures and result.json: {fourth.output}\n")
     assert len(json.loads((fourth.output / "result.json").read_text())["rows"]) == 12
+
+
+def test_all_refuses_settings_before_anything_is_written(tmp_path, capsys):
+    line = refused(capsys, tmp_path, "reproduce", "all", "--seed", -1, "--output", tmp_path / "new")
+    assert "--seed is -1, expected 0 or more" in line

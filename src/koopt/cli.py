@@ -142,6 +142,8 @@ def _reproduce_all(given: argparse.Namespace) -> int:
     from koopt.experiments import page, report, system
 
     system.require_folder(given.output, "--output")
+    for name in ORDER:
+        _experiment(name).check(_settings(name, given))
     folders = {name: given.output / name for name in ORDER}
     failures, interrupted = [], False
     with _progress() as progress:
