@@ -25,6 +25,7 @@ COLUMNS = {
     "what": "way",
     "window": "steps",
     "rank": "rank",
+    "ranks": "ranks",
     "rtol": "rtol",
     "max_modulus": "limit",
     "horizon": "snapshots\nahead",
@@ -118,7 +119,8 @@ def line(
     return {
         "what": method.what,
         "window": (method.snapshots or run.window_steps // run.look) * run.look,
-        "rank": method.options.get("rank") or ", ".join(map(str, method.options.get("ranks", ()))),
+        "rank": method.options.get("rank"),
+        "ranks": ", ".join(map(str, method.options.get("ranks", ()))) or None,
         "rtol": method.options.get("rtol"),
         "max_modulus": method.options.get("max_modulus"),
         "projected": method.options.get("projected"),
