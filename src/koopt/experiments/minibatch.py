@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 GROUP = 5  # networks in one tensor program: fewer cost more each, more need more memory at once
 LOOKS = 20  # evaluations an epoch
 PATCHES = 25  # fitted at a time, to bound memory
-MEMORY = 3 * 2**29  # bytes that training a group takes at most: its window, the images, a few operators
+MEMORY = 5 * 2**29  # bytes that training a group takes at most: its window, the images, a few operators
 
 
 @dataclass(frozen=True)
