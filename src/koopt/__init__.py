@@ -1,9 +1,24 @@
 """koopt: Koopman training for PyTorch."""
 
 from koopt.horizon import Plan, plan
+from koopt.live import attach
+from koopt.live.handle import Live
+from koopt.live.jumps import Jump
 from koopt.operator import Operator, fit
 from koopt.partitions import Partition, partition
 from koopt.trajectory import Trajectory, load_into
 
-__all__ = ["Operator", "Partition", "Plan", "Trajectory", "fit", "load_into", "partition", "plan"]
+__all__ = [
+    "Jump",
+    "Live",
+    "Operator",
+    "Partition",
+    "Plan",
+    "Trajectory",
+    "attach",
+    "fit",
+    "load_into",
+    "partition",
+    "plan",
+]
 __version__ = "0.1.0"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from koopt.live.jumps import Jump
 
 COLORS = ("#0b5fa5", "#d1495b", "#7a7a7a", "#2e8b57", "#b07d2b", "#6a4c93")
 INK = "#222222"
@@ -197,6 +202,46 @@ def error_growth(ax: Axes, ahead: Sequence[int], errors: Mapping[str, Sequence[f
     steps_along(ax)
     ax.legend(fontsize=9, frameon=False)
     return ax
+
+
+def guarded_jumps(ax: Axes, jumps: Sequence[Jump]) -> Axes:
+    """The guard's loss at each attempt to jump, and how far each accepted jump lowered it.
+
+    Args:
+        ax: where to draw.
+        jumps: in order of time; those without an evaluation are left out.
+    """
+    seen = [jump for jump in jumps if jump.before is not None and np.isfinite(jump.before)]
+    taken = [jump for jump in seen if jump.accepted]
+    refused = [jump for jump in seen if not jump.accepted]
+    losses = [(jump.step, loss) for jump in seen for loss in (jump.before, *([jump.after] if jump.accepted else []))]
+    path = np.array(losses, float).reshape(-1, 2)
+    ax.plot(*path.T, color=INK, lw=1, alpha=0.5, label="loss of the guard")
+    steps, before, after = (np.array([getattr(j, key) for j in taken], float) for key in ("step", "before", "after"))
+    ax.vlines(steps, after, before, color=COLORS[0], lw=1.5)
+    ax.plot(steps, after, "v", ms=4, color=COLORS[0], label="accepted jump")
+    at = np.array([(jump.step, jump.before) for jump in refused], float).reshape(-1, 2)
+    ax.plot(*at.T, "x", ms=5, color=COLORS[1], label="refused")
+    if len(path) and path[:, 1].min() > 0:
+        ax.set_yscale("log")
+    steps_along(ax)
+    ax.set(xlabel="optimizer step", ylabel="loss of the guard", title=f"{len(taken)} of {len(jumps)} attempts accepted")
+    ax.legend(fontsize=9, frameon=False)
+    return ax
+
+
+def report_of_jumps(jumps: Sequence[Jump], path: str | os.PathLike[str] | None = None) -> Figure:
+    """:func:`guarded_jumps` as a figure of its own, written to `path` as PNG where one is given."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    guarded_jumps(figure.subplots(), jumps)
+    if path is not None:
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}")
+        figure.savefig(temporary, dpi=110, format="png")
+        os.replace(temporary, target)
+    return figure
 
 
 def _coordinates(values: np.ndarray) -> np.ndarray:

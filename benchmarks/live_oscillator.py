@@ -1,0 +1,89 @@
+"""Steps to the plain run's final loss with jumps, on the paper's differential-equation solver, Adam and cosine.
+
+    python benchmarks/live_oscillator.py --seeds 100 101 102
+
+Guard evaluations are counted as a third of a step each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+import koopt
+from koopt.experiments import oscillator
+
+
+def run(seed: int, steps: int, rate: float, options: dict | None, target: float | None = None) -> dict[str, float]:
+    """The cost in steps until the target, or the final loss and the best where there is none."""
+    network = oscillator.Oscillator()
+    weights = oscillator.initial_weights(seed)
+    with torch.no_grad():
+        for parameter, piece in zip(
+            network.parameters(), weights.split([p.numel() for p in network.parameters()]), strict=True
+        ):
+            parameter.copy_(piece.view(parameter.shape))
+    optimizer = torch.optim.Adam(network.parameters(), lr=rate)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    times = oscillator.time_points()
+
+    def loss_now() -> torch.Tensor:
+        return oscillator.loss_by_forward(network, times)
+
+    koop = None if options is None else koopt.attach(optimizer, network, guard=loss_now, **options)
+    started, cost, best = time.perf_counter(), 0.0, float("inf")
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_now()
+        best = min(best, loss.item())
+        if target is not None and best <= target:
+            break
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        cost += 1
+    seconds = time.perf_counter() - started
+    jumps = [] if koop is None else koop.jumps
+    evaluations = sum(jump.evaluations for jump in jumps)
+    return {
+        "loss": best,
+        "steps": cost,
+        "cost": cost + evaluations / 3,
+        "accepted": sum(jump.accepted for jump in jumps),
+        "attempts": len(jumps),
+        "raised": sum(jump.accepted and not jump.after < jump.before for jump in jumps),
+        "reached": float(target is None or best <= target),
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102])
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--rate", type=float, default=0.04)
+    parser.add_argument("--option", nargs=2, action="append", default=[], metavar=("NAME", "JSON"), help="of attach")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    options = {name: json.loads(text) for name, text in arguments.option}
+    shares = []
+    for seed in arguments.seeds:
+        plain = run(seed, arguments.steps, arguments.rate, None)
+        live = run(seed, arguments.steps, arguments.rate, options, plain["loss"])
+        shares.append(live["cost"] / arguments.steps if live["reached"] else float("nan"))
+        print(
+            f"seed {seed}: plain {plain['loss']:.3e} in {arguments.steps} steps, {plain['seconds']:.1f} s; with koopt "
+            f"{live['loss']:.3e} in {live['steps']:.0f} steps, cost {live['cost']:.0f} ({shares[-1]:.3f}), "
+            f"{live['seconds']:.1f} s, {live['accepted']} of {live['attempts']} jumps accepted, "
+            f"{live['raised']} of them raised the loss",
+            flush=True,
+        )
+    print(f"median share of the plain cost: {statistics.median(shares):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""koopt in a live training run: what :func:`koopt.attach` accepts."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import TYPE_CHECKING
+
+import torch
+
+from koopt.live.candidates import FEWEST
+from koopt.live.handle import Live, Settings, is_attached
+from koopt.live.momentum import POLICIES
+from koopt.live.window import nbytes_of
+from koopt.partitions import trainable
+from koopt.trajectory import DTYPES, free_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+
+MODES = ("auto", "jump", "forecast")
+
+
+def attach(
+    optimizer: object,
+    model: nn.Module,
+    guard: Callable[[], object] | None = None,
+    mode: str = "auto",
+    *,
+    window: int = 56,
+    cycle: int = 100,
+    tail: int = 30,
+    momentum: str = "keep",
+    max_overhead: float = 0.03,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    with_optimizer: bool = False,
+) -> Live:
+    """Put koopt beside an optimizer: the training loop stays as it is.
+
+    After each step the weights are recorded. With a guard a jump is tried at the end of each cycle: candidates are made
+    from the last steps, a few are evaluated by the guard, and the best is kept if its loss is lower than now. A run
+    without accepted jumps is bit for bit the run without koopt.
+
+    Args:
+        optimizer: any ``torch.optim`` optimizer, or a wrapper that holds one as `optimizer`.
+        model: the module that it trains; parameters that are frozen or not in the optimizer are left alone.
+        guard: called without arguments, returns the loss at the model's current weights as a float or a 0-d tensor. In
+            noisy training it should use a batch that is held out.
+        mode: "jump": weights are moved in place; "forecast": training is not touched; "auto": jumps where a guard is
+            given and the last steps are smooth, "forecast" without a guard.
+        window: even, the largest number of block means that forecasts are made from.
+        cycle: optimizer steps between attempts to jump; doubled after each that fails, up to 16 cycles.
+        tail: how many steps at the end of a cycle jumps are made from.
+        momentum: after a jump "keep" it, "reset" it to zero, "scale" it by the square root of the loss ratio, or
+            "combine" its recorded values as the weights were. L-BFGS starts anew, since it compares gradients of
+            successive points.
+        max_overhead: what the guard may cost, as a share of the steps' cost; an evaluation counts as 1/3 of a step.
+        dtype: of what is recorded; None: the parameters', at least float32.
+        device: where it is kept; None: where the first parameter is.
+        with_optimizer: carry koopt's state along in the optimizer's own ``state_dict()`` under "koopt".
+
+    Returns:
+        The handle, a :class:`koopt.Live`.
+
+    Raises:
+        TypeError: if an argument has the wrong type, or a parameter is complex.
+        ValueError: if koopt is attached to this optimizer already, the model has none of its parameters, an argument is
+            out of range, or the memory is not there.
+
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    >>> koop = koopt.attach(optimizer, model, guard=lambda: model.weight.square().sum())
+    >>> for _ in range(100):
+    ...     optimizer.zero_grad()
+    ...     model.weight.square().sum().backward()
+    ...     optimizer.step()
+    >>> koop.jumps[0].accepted, koop.jumps[0].reason
+    (True, 'better')
+    """
+    inner = _plain(optimizer)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is {type(model).__name__}, expected the torch.nn.Module that the optimizer trains")
+    if guard is not None and not callable(guard):
+        raise TypeError(f"guard is {type(guard).__name__}, expected a function without arguments that returns the loss")
+    for name, value, known in (("mode", mode, MODES), ("momentum", momentum, POLICIES)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+    if mode == "jump" and guard is None:
+        raise ValueError('mode is "jump", which needs a guard: a function that returns the loss at the current weights')
+    for name, value, least in (("window", window, 4), ("tail", tail, FEWEST), ("cycle", cycle, tail)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            why = ", the tail" if name == "cycle" else ""
+            raise ValueError(f"{name} is {value!r}, expected a whole number >= {least}{why}")
+    if window % 2:
+        raise ValueError(f"window is {window}, expected an even number: its block means merge in pairs")
+    if isinstance(max_overhead, bool) or not isinstance(max_overhead, Real) or not 0 <= max_overhead < math.inf:
+        raise ValueError(f"max_overhead is {max_overhead!r}, expected a share of the steps' cost >= 0, such as 0.03")
+    if is_attached(inner):
+        raise ValueError("optimizer: koopt is attached to it already; use that handle, or detach() it first")
+    named = _trained(inner, model)
+    parameters = list(named.values())
+    if dtype is None:
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}, or None")
+    place = torch.device(device) if device is not None else parameters[0].device
+    settings = Settings(
+        mode=mode if guard is not None else "forecast",
+        window=window,
+        cycle=cycle,
+        tail=tail,
+        momentum=momentum,
+        max_overhead=float(max_overhead),
+        dtype=dtype,
+        device=place,
+    )
+    _require_memory(parameters, settings)
+    return Live(inner, model, named, guard, settings, with_optimizer)
+
+
+def _plain(optimizer: object) -> torch.optim.Optimizer:
+    """The optimizer whose hooks are run: what wrappers such as Accelerate's hold."""
+    given = type(optimizer).__name__
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is {given}, expected a torch.optim.Optimizer, or a wrapper that holds one")
+    return optimizer
+
+
+def _trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    named = {name: parameter for name, parameter in trainable(model).items() if parameter in held}
+    if not named:
+        raise ValueError("model: none of its trainable parameters is in the optimizer; pass the model that it trains")
+    for name, parameter in named.items():
+        if parameter.is_complex():
+            raise TypeError(f"model: {name!r} is {parameter.dtype}, only real weights are recorded; freeze it")
+    return named
+
+
+def _require_memory(parameters: Sequence[Tensor], settings: Settings) -> None:
+    snapshots, means = settings.snapshots, settings.means
+    needed, free = nbytes_of(parameters, snapshots, means, settings.dtype), free_memory(settings.device)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"window: {snapshots + means} snapshots in {settings.dtype} need {needed / 2**30:.3g} GiB, "
+            f"{settings.device} has {free / 2**30:.3g} GiB free; "
+            "take a smaller window or tail, dtype=torch.bfloat16, or device='cpu'"
+        )

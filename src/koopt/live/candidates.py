@@ -1,0 +1,224 @@
+"""What a live run proposes: forecasters over a window, the coefficients of each, and which are worth trying."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from koopt import linalg
+from koopt.forecasters import METHODS
+from koopt.operator import fit_in_form
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Float
+    from torch import Tensor
+
+START = 4 / 3  # the first horizon of a jump, in lengths of the tail
+LONGEST, SHORTEST = 200.0, 0.1
+RANKS = (4, 3, 1, 8)
+NOISE = 0.3  # increments that are forecast with a larger relative error are called noise
+SAMPLE = 4096  # weights that tell noise from motion
+FEWEST = 6  # snapshots for a jump
+
+
+class Candidate(NamedTuple):
+    """A forecaster; its horizon in lengths of the window it sees, the last `share` of what is held."""
+
+    method: str
+    horizon: float
+    options: dict[str, Any]
+    share: float = 1.0
+
+    @property
+    def rank(self) -> int | None:
+        return self.options.get("rank")
+
+
+FAMILIES = (
+    Candidate("koopman", START, {"rank": RANKS[0], "difference": True}),
+    Candidate("line", START, {"span": 10}),
+    *(Candidate("koopman", START, {"rank": rank, "difference": True}) for rank in RANKS[1:]),
+    Candidate("anderson", math.inf, {}),
+    Candidate("regression", START, {}),
+    Candidate("dema", START, {}),
+    *(Candidate("koopman", math.inf, {"rank": rank, "difference": True}) for rank in RANKS[:2]),
+    Candidate("mean", 0.0, {}),
+)
+
+
+class Proposer:
+    """Coefficients of candidates over one window, each operator fitted once.
+
+    Args:
+        snapshots: `(time, state)`, finite, at least two.
+
+    >>> Proposer(torch.arange(8.0)[:, None]).coefficients(Candidate("line", 1.0, {"span": 7})).tolist()
+    [-1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0]
+    """
+
+    def __init__(self, snapshots: Float[Tensor, "time state"]) -> None:
+        self.time = len(snapshots)
+        self.snapshots = snapshots
+        # relative to the last: near-straight motion is small beside the weights
+        self.path = linalg.triangular_factor(snapshots, lambda rows: rows - rows[..., -1:, :]).cpu()
+        last = snapshots[-1].to(torch.float64).norm().item()
+        self._rounding = torch.finfo(snapshots.dtype).eps * last
+        self._operators: dict[tuple[Any, ...], Any] = {}
+
+    def coefficients(self, candidate: Candidate) -> Float[Tensor, " time"] | None:
+        """One number a snapshot; None where the rule has no answer, as an operator that grows has no fixed point."""
+        tail = max(2, round(candidate.share * self.time))
+        horizon = candidate.horizon * (tail - 1)
+        if math.isfinite(horizon) and abs(horizon - round(horizon)) < 1e-9 * horizon:
+            horizon = round(horizon)  # whole steps go by powers
+        try:
+            if candidate.method == "koopman":
+                found = self._koopman(candidate.options, tail, horizon)
+            else:
+                options = dict(candidate.options)
+                if "span" in options:
+                    options["span"] = min(options["span"], tail - 1)
+                found = METHODS[candidate.method](self.path[-tail:], horizon, **options)
+        except (ValueError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
+            return None
+        if not bool(found.isfinite().all()):
+            return None
+        return torch.nn.functional.pad(found, (self.time - tail, 0))
+
+    def _koopman(self, options: dict[str, Any], tail: int, horizon: float) -> Tensor:
+        fit_options = {name: value for name, value in options.items() if name != "max_modulus"}
+        key = (tail, *fit_options.items())
+        if key not in self._operators:
+            # increments do not see the reference, but states do: they need the weights themselves
+            differences = fit_options.get("difference", False)
+            rows = self.path[-tail:] if differences else linalg.triangular_factor(self.snapshots[-tail:]).cpu()
+            moved = rows.diff(dim=0).norm().item()
+            size = moved if differences else rows.norm().item()
+            rtol = min(0.5, max(linalg.EPS, self._rounding * tail**0.5 / size)) if size > 0 else linalg.EPS
+            self._operators[key] = fit_in_form(rows, snapshot_form=True, rtol=rtol, **fit_options)
+        return self._operators[key].coefficients(horizon, options.get("max_modulus"))
+
+
+def roughness(snapshots: Float[Tensor, "time state"]) -> float:
+    """How badly the newer increments are forecast, one step ahead, from the older half: about 0 if smooth, 1 if noise.
+
+    The better of a linear map of rank 4 and of no change at all, root mean square error over root mean square size.
+    Momentum makes noise look like drift over a few steps; what is new in each increment it does not hide.
+
+    Args:
+        snapshots: `(time, state)`; of many weights some 4,096, evenly spaced, are looked at.
+
+    Returns:
+        A number >= 0; 0 without motion, NaN where a snapshot is not finite.
+
+    >>> roughness(torch.arange(9.0)[:, None] ** 2) < 0.3
+    True
+    """
+    sample = snapshots[:, :: -(-snapshots.shape[1] // SAMPLE)].cpu().to(torch.float64)
+    steps = sample.diff(dim=0)
+    half = len(steps) // 2
+    size, older = steps[half:].norm().item(), steps[:half].norm().item()
+    if not math.isfinite(size + older):
+        return math.nan
+    if half < 2 or size == 0:
+        return 0.0
+    left, values, right = linalg.svd(steps[: half - 1])
+    inverse = torch.where(values[:4] > linalg.EPS * values[0], 1 / values[:4], 0.0)
+    forecast = (steps[half - 1 : -1] @ right[:, :4]) * inverse @ (left[:, :4].mT @ steps[1:half])
+    errors = [(guess - steps[half:]).norm().item() for guess in (forecast, steps[half - 1 : -1])]
+    return min(errors) / size
+
+
+class Choice:
+    """What earlier attempts have taught: how much each family gained, when it was tried, and how far ahead was best.
+
+    >>> choice = Choice()
+    >>> choice.learn(3, 0.5, 2.0)
+    >>> choice.pick(2), choice.horizons[3]
+    ([3, 0], 2.0)
+    """
+
+    def __init__(self) -> None:
+        self.gains = [0.0] * len(FAMILIES)
+        self.tried = [0] * len(FAMILIES)
+        self.horizons = [family.horizon for family in FAMILIES]
+        self._clock = 0
+
+    def pick(self, count: int) -> list[int]:
+        """Two thirds by gain, the others by how long ago they were tried, the first of the list first."""
+        order = range(len(self.gains))
+        best = [i for i in sorted(order, key=lambda i: -self.gains[i]) if self.gains[i] > 0]
+        best = best[: math.ceil(2 * count / 3)]
+        rest = [i for i in sorted(order, key=lambda i: self.tried[i]) if i not in best]
+        return (best + rest)[:count]
+
+    def learn(self, index: int, gain: float, horizon: float) -> None:
+        """What a family's best horizon brought, as the logarithm of the loss before over that after."""
+        self._clock += 1
+        gain = max(-1.0, min(gain, 3.0))
+        self.gains[index] = 0.5 * self.gains[index] + 0.5 * gain if self.tried[index] else gain
+        self.tried[index] = self._clock
+        self.horizons[index] = horizon
+
+    def state_dict(self) -> dict[str, Any]:
+        lists = {"gains": list(self.gains), "tried": list(self.tried), "horizons": list(self.horizons)}
+        return lists | {"clock": self._clock}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.gains, self.tried = list(state["gains"]), list(state["tried"])
+        self.horizons, self._clock = list(state["horizons"]), int(state["clock"])
+
+
+def gain(before: float, after: float) -> float:
+    """The logarithm of the loss before over that after, or their relative difference where one is not positive.
+
+    >>> round(gain(2.0, 1.0), 3)
+    0.693
+    """
+    if not math.isfinite(after):
+        return -math.inf
+    if before > 0 and after > 0:
+        return math.log(before / after)
+    return (before - after) / max(abs(before), abs(after)) if before != after else 0.0
+
+
+def moved(
+    parameters: Sequence[Tensor], snapshots: Float[Tensor, "time state"], coefficients: Float[Tensor, " time"]
+) -> list[Tensor] | None:
+    """The weights now plus what the coefficients make of the snapshots' differences from the last one.
+
+    Args:
+        parameters: the weights of the last snapshot, in their own dtype.
+        snapshots: `(time, state)`, perhaps in fewer digits.
+        coefficients: `(time,)`, which sum to 1 or, for an operator on states, nearly so.
+
+    Returns:
+        A tensor a parameter, in its dtype; None if one is not finite.
+    """
+    change = coefficients.to(snapshots.device, torch.float64, copy=True)
+    change[-1] -= 1.0
+    return _cast(parameters, linalg.combine(change, snapshots, torch.float64), add=True)
+
+
+def combined(
+    parameters: Sequence[Tensor], snapshots: Float[Tensor, "time state"], coefficients: Float[Tensor, " time"]
+) -> list[Tensor] | None:
+    """The combination of the snapshots, in the shapes and dtypes of the parameters; None if one is not finite."""
+    return _cast(parameters, linalg.combine(coefficients.to(snapshots.device), snapshots, torch.float64), add=False)
+
+
+@torch.no_grad()
+def _cast(parameters: Sequence[Tensor], flat: Tensor, add: bool) -> list[Tensor] | None:
+    values = []
+    for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        exact = piece.view(parameter.shape).to(parameter.device)
+        values.append((parameter.to(torch.float64) + exact if add else exact).to(parameter.dtype))
+    # the sum is quick, and finite only if all values are; it may overflow where none does
+    for value in values:
+        if not math.isfinite(value.sum().item()) and not bool(value.isfinite().all()):
+            return None
+    return values

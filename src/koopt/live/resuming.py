@@ -1,0 +1,82 @@
+"""Whether a saved state belongs to the run that is to take it over."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from koopt.live.jumps import Jump
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+ASK = "pass what state_dict() returned"
+
+
+def require_fits(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse a state unless it has the settings and the structure of the run's own.
+
+    Args:
+        state: what is to be loaded.
+        own: the state of the run as it is.
+
+    Raises:
+        ValueError: naming the setting that differs, or what is missing or malformed.
+
+    >>> require_fits({"settings": {"tail": 30}}, {"settings": {"tail": 20}})
+    Traceback (most recent call last):
+    ValueError: state: recorded with tail=30, this run has tail=20; make them the same
+    """
+    settings = state.get("settings")
+    if isinstance(settings, dict):
+        for name, value in own["settings"].items():
+            given = settings.get(name)
+            # dicts are equal in any order, but the columns of the snapshots are not
+            if given != value or (isinstance(given, dict) and list(given) != list(value)):
+                raise ValueError(
+                    f"state: recorded with {name}={given!r}, this run has {name}={value!r}; make them the same"
+                )
+    _require_like(state, own, "state")
+
+
+def as_text(jumps: Sequence[Jump]) -> str:
+    """Records as one JSON text: a distributed checkpoint takes lists apart, and loads only as many as before.
+
+    >>> as_text([])
+    '[]'
+    """
+    return json.dumps([asdict(jump) for jump in jumps])
+
+
+def from_text(text: str) -> list[Jump]:
+    """What :func:`as_text` wrote; errors name the state.
+
+    >>> from_text("[]")
+    []
+    """
+    try:
+        return [Jump(**record) for record in json.loads(text)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"state['jumps'] is {text!r:.80}, expected the records of jumps as JSON; {ASK}") from error
+
+
+def _require_like(given: Any, own: Any, where: str) -> None:
+    """The same keys, shapes, dtypes and kinds of numbers."""
+    if isinstance(own, dict):
+        if not hasattr(given, "keys") or given.keys() != own.keys():
+            found = sorted(map(str, given)) if hasattr(given, "keys") else type(given).__name__
+            raise ValueError(f"{where} has {found}, expected {sorted(own)}; {ASK}")
+        for name, value in own.items():
+            _require_like(given[name], value, f"{where}[{name!r}]")
+    elif isinstance(own, torch.Tensor):
+        found = (tuple(given.shape), given.dtype) if isinstance(given, torch.Tensor) else type(given).__name__
+        if found != (tuple(own.shape), own.dtype):
+            raise ValueError(f"{where} is {found}, expected {(tuple(own.shape), own.dtype)}; {ASK}")
+    elif isinstance(own, int):
+        if type(given) is not type(own) or given < 0:
+            raise ValueError(f"{where} is {given!r}, expected {type(own).__name__} >= 0; {ASK}")
+    elif isinstance(own, list) and (not isinstance(given, list) or len(given) != len(own)):  # one number a family
+        raise ValueError(f"{where} does not fit this version of koopt; {ASK}")

@@ -1,0 +1,146 @@
+"""Recorded weights in bounded memory: a window of snapshots, and means of blocks that double as a run grows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._utils import _unflatten_dense_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from jaxtyping import Float
+    from torch import Tensor
+
+SAMPLES = 8  # of a block; momentum makes closer ones nearly alike
+
+
+class Snapshots:
+    """The last `length` snapshots of some tensors.
+
+    Args:
+        tensors: what is recorded; their number and shapes do not change.
+        length: how many are kept.
+        dtype, device: of the snapshots.
+
+    >>> held = Snapshots([torch.tensor([1.0])], 2, torch.float32, torch.device("cpu"))
+    >>> for value in (1.0, 2.0, 3.0):
+    ...     held.add([torch.tensor([value])])
+    >>> held.ordered()
+    tensor([[2.],
+            [3.]])
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows = torch.zeros(length, sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
+        self.taken = 0
+
+    @torch.no_grad()
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        row = self.rows[self.taken % len(self.rows)]
+        torch.cat([tensor.to(row.device).reshape(-1) for tensor in tensors], out=row)
+        self.taken += 1
+
+    def clear(self) -> None:
+        self.taken = 0
+
+    def ordered(self) -> Float[Tensor, "time state"]:
+        """The snapshots in order of time: a view until the window is full, then a copy."""
+        length = len(self.rows)
+        return self.rows[: self.taken] if self.taken <= length else self.rows.roll(-self.taken % length, dims=0)
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows.clone(), "taken": self.taken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rows.copy_(state["rows"])
+        self.taken = int(state["taken"])
+
+
+class BlockMeans:
+    """Means of consecutive blocks of steps; when `window` of them are held, pairs merge and the block length doubles.
+
+    So between half a window and a window of means covers all steps since the start, however many they are. Of a long
+    block only 8 steps, evenly spaced, are added up: successive weights differ little, and each costs a pass.
+
+    Args:
+        tensors: what is averaged; their number and shapes do not change.
+        window: even, the largest number of means held.
+        dtype, device: of the means; sums are kept in float32 at least.
+
+    >>> means = BlockMeans([torch.tensor([1.0])], 4, torch.float32, torch.device("cpu"))
+    >>> for value in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0):
+    ...     means.add([torch.tensor([value])])
+    >>> means.ordered().flatten(), means.block
+    (tensor([1.5000, 3.5000, 5.5000]), 2)
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], window: int, dtype: torch.dtype, device: torch.device) -> None:
+        size = sum(tensor.numel() for tensor in tensors)
+        self.rows = torch.zeros(window, size, dtype=dtype, device=device)
+        self.sum = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self._sums: list[Any] = list(_unflatten_dense_tensors(self.sum, list(tensors)))
+        self.held, self.block, self.open = 0, 1, 0
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        self.open += 1
+        if self.open % self.stride == 0:
+            self._add(tensors)
+
+    @torch.no_grad()
+    def _add(self, tensors: Sequence[Tensor]) -> None:
+        device = self.sum.device
+        sources: list[Any] = [t if t.device == device else t.to(device) for t in tensors]
+        if self.open == self.stride:
+            torch._foreach_copy_(self._sums, sources)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            torch._foreach_add_(self._sums, sources)  # pyright: ignore[reportPrivateImportUsage]
+        if self.open < self.block:
+            return
+        torch.div(self.sum, self.block // self.stride, out=self.rows[self.held])
+        self.held, self.open = self.held + 1, 0
+        if self.held == len(self.rows):
+            for i in range(self.held // 2):
+                self.rows[i] = (self.rows[2 * i].to(self.sum.dtype) + self.rows[2 * i + 1]) / 2
+            self.held, self.block = self.held // 2, 2 * self.block
+
+    def clear(self) -> None:
+        self.held, self.block, self.open = 0, 1, 0
+
+    def ordered(self) -> Float[Tensor, "time state"]:
+        """The means in order of time, a view."""
+        return self.rows[: self.held]
+
+    @property
+    def age(self) -> float:
+        """Steps since the middle of the last mean."""
+        return self.open + (self.block - self.stride) / 2
+
+    @property
+    def stride(self) -> int:
+        """Steps from one that is added up to the next."""
+        return max(1, self.block // SAMPLES)
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + self.sum.nbytes
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = {"held": self.held, "block": self.block, "open": self.open}
+        return {"rows": self.rows.clone(), "sum": self.sum.clone(), **counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rows.copy_(state["rows"])
+        self.sum.copy_(state["sum"])
+        self.held, self.block, self.open = (int(state[name]) for name in ("held", "block", "open"))
+
+
+def nbytes_of(tensors: Sequence[Tensor], snapshots: int, means: int, dtype: torch.dtype) -> int:
+    """What so many snapshots and block means of some tensors take, before any of it is taken."""
+    sums = torch.promote_types(dtype, torch.float32).itemsize if means else 0
+    return sum(tensor.numel() for tensor in tensors) * ((snapshots + means) * dtype.itemsize + sums)
