@@ -97,7 +97,7 @@ def main() -> None:
             child = os.fork()
             if child == 0:
                 live(path)
-            time.sleep(moments.uniform(0.0, 0.1))
+            time.sleep(moments.uniform(0.0, 0.08))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             killed = Run()

@@ -16,6 +16,7 @@ import torch
 
 import koopt
 from koopt.experiments import oscillator
+from koopt.live.candidates import gain
 
 
 def run(seed: int, steps: int, rate: float, options: dict | None, target: float | None = None) -> dict[str, float]:
@@ -55,7 +56,7 @@ def run(seed: int, steps: int, rate: float, options: dict | None, target: float 
         "cost": cost + evaluations / 3,
         "accepted": sum(jump.accepted for jump in jumps),
         "attempts": len(jumps),
-        "raised": sum(jump.accepted and not jump.after < jump.before for jump in jumps),
+        "raised": sum(jump.accepted and not gain(jump.before or 0.0, jump.after or 0.0) > 0 for jump in jumps),
         "reached": float(target is None or best <= target),
         "seconds": seconds,
     }

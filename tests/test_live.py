@@ -699,6 +699,14 @@ def test_combinations_against_dense_algebra():
     assert combined([now[0].half()], torch.full((2, 3), 6e4), torch.ones(2, dtype=torch.float64)) is None
 
 
+def test_the_small_factor_keeps_all_distances():
+    generator = torch.Generator().manual_seed(0)
+    rows = (100 + torch.randn(9, 40, generator=generator)).cumsum(dim=0).double()
+    path = Proposer(rows).path
+    assert torch.equal(path[-1], torch.zeros(8, dtype=torch.float64))
+    torch.testing.assert_close(torch.cdist(path, path), torch.cdist(rows, rows), rtol=1e-9, atol=1e-6)
+
+
 def test_every_candidate_continues_a_line_or_stays():
     """On a straight line all forecasters agree on where it leads."""
     window = torch.arange(30.0, dtype=torch.float64)[:, None] * torch.tensor([1.0, -2.0], dtype=torch.float64)

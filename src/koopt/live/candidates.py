@@ -21,6 +21,7 @@ START = 4 / 3  # the first horizon of a jump, in lengths of the tail
 LONGEST, SHORTEST = 200.0, 0.1
 RANKS = (4, 3, 1, 8)
 NOISE = 0.3  # increments that are forecast with a larger relative error are called noise
+GRAM_ERROR = 2e-8  # relative, of singular values from a Gram matrix
 SAMPLE = 4096  # weights that tell noise from motion
 FEWEST = 6  # snapshots for a jump
 
@@ -63,8 +64,7 @@ class Proposer:
     def __init__(self, snapshots: Float[Tensor, "time state"]) -> None:
         self.time = len(snapshots)
         self.snapshots = snapshots
-        # relative to the last: near-straight motion is small beside the weights
-        self.path = linalg.triangular_factor(snapshots, lambda rows: rows - rows[..., -1:, :]).cpu()
+        self.path = _path(snapshots)
         last = snapshots[-1].to(torch.float64).norm().item()
         self._rounding = torch.finfo(snapshots.dtype).eps * last
         self._operators: dict[tuple[Any, ...], Any] = {}
@@ -98,9 +98,25 @@ class Proposer:
             rows = self.path[-tail:] if differences else linalg.triangular_factor(self.snapshots[-tail:]).cpu()
             moved = rows.diff(dim=0).norm().item()
             size = moved if differences else rows.norm().item()
-            rtol = min(0.5, max(linalg.EPS, self._rounding * tail**0.5 / size)) if size > 0 else linalg.EPS
+            least = GRAM_ERROR if differences else linalg.EPS
+            rtol = min(0.5, max(least, self._rounding * tail**0.5 / size)) if size > 0 else least
             self._operators[key] = fit_in_form(rows, snapshot_form=True, rtol=rtol, **fit_options)
         return self._operators[key].coefficients(horizon, options.get("max_modulus"))
+
+
+def _path(snapshots: Tensor) -> Tensor:
+    """The snapshots relative to the last one, in an orthonormal basis, by the Gram matrix of their increments.
+
+    Near-straight motion is small beside the weights, but not in increments, whose Gram matrix is several times cheaper
+    than an orthogonal factor and good enough for the few directions that a jump uses.
+    """
+    squared = linalg.gram(snapshots, lambda rows: rows.diff(dim=-2)).cpu()
+    if not bool(squared.isfinite().all()):
+        return torch.full_like(squared, math.nan)
+    values, vectors = linalg.eigh(squared)
+    steps = vectors * values.clamp_min(0.0).sqrt()
+    path = torch.nn.functional.pad(steps.cumsum(dim=0), (0, 0, 1, 0))
+    return path - path[-1]
 
 
 def roughness(snapshots: Float[Tensor, "time state"]) -> float:
