@@ -73,8 +73,7 @@ def ensemble(
     """
     if not ranks:
         raise ValueError("ranks is empty, expected at least one, such as (2, 3)")
-    squares, vectors = linalg.eigh(linalg.gram(snapshots))
-    factor = vectors * squares.clamp_min(0.0).sqrt().unsqueeze(-2)  # the weights are read once for all ranks
+    factor = linalg.factor_of_gram(linalg.gram(snapshots))  # the weights are read once for all ranks
     found = [koopman(factor, horizon, max_modulus, rank=rank, rtol=RESOLVED, projected=True) for rank in ranks]
     return torch.stack(found).mean(dim=0)
 

@@ -256,7 +256,7 @@ def _rtol(path: Tensor, candidate: Candidate, rounding: float) -> float:
     """Singular values that are cut: those within the rounding of the snapshots, which the factor does not show."""
     tail, stride = candidate.tail, candidate.stride
     moved = path[-1 - tail :: stride].diff(dim=0).norm().item()
-    return min(0.5, max(linalg.EPS, rounding * (tail / stride) ** 0.5 / moved)) if moved > 0 else linalg.EPS
+    return linalg.share_of_rounding(rounding, tail / stride, moved)
 
 
 def _drift_over_noise(path: Tensor) -> float:

@@ -70,6 +70,32 @@ def gram(
     return total
 
 
+def factor_of_gram(squared: Float[Tensor, "*batch time time"]) -> Float[Tensor, "*batch time time"]:
+    """Rows with this Gram matrix: like :func:`triangular_factor`, cheaper, and only good to the root of eps.
+
+    >>> factor_of_gram(torch.diag(torch.tensor([1.0, 9.0]))).abs()
+    tensor([[0., 1.],
+            [3., 0.]])
+    """
+    values, vectors = eigh(squared)
+    return vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
+
+
+def share_of_rounding(rounding: float, snapshots: float, size: float, least: float = EPS) -> float:
+    """The share of the largest singular value up to which rounding fills in others, for a factor that does not show it.
+
+    Args:
+        rounding: of one snapshot, absolute.
+        snapshots: how many there are.
+        size: norm of what is fitted.
+        least: what is returned at least.
+
+    >>> share_of_rounding(1e-3, 4, 0.1)
+    0.02
+    """
+    return min(0.5, max(least, rounding * snapshots**0.5 / size)) if size > 0 else least
+
+
 def combine(
     coefficients: Float[Tensor, "*batch time"],
     rows: Float[Tensor, "*batch time state"],

@@ -237,11 +237,15 @@ def report_of_jumps(jumps: Sequence[Jump], path: str | os.PathLike[str] | None =
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     guarded_jumps(figure.subplots(), jumps)
     if path is not None:
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}")
-        figure.savefig(temporary, dpi=110, format="png")
-        os.replace(temporary, target)
+        save(figure, Path(path))
     return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, through a temporary file."""
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=110, format="png")
+    os.replace(temporary, path)
 
 
 def _coordinates(values: np.ndarray) -> np.ndarray:

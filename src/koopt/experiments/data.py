@@ -29,7 +29,6 @@ FILES = {  # name -> md5 of the unpacked bytes, since archives of the same data 
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-UNPACKED = 60_000 * 784 + 16  # bytes of the largest file
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,7 @@ def _from_cache(name: str, progress: Callable[[str, int, int], None] | None) -> 
 def _downloaded(address: str, path: Path, bar: _Bar) -> Path | Exception:
     import pooch
 
+    # both take what their documentation says, which is more than their annotations allow
     downloader = pooch.HTTPDownloader(progressbar=bar, timeout=30)  # pyright: ignore[reportArgumentType]
     try:
         return Path(pooch.retrieve(address, None, fname=path.name, path=path.parent, downloader=downloader))  # pyright: ignore[reportArgumentType]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.figure
@@ -115,7 +114,5 @@ def draw_growth(settings: Settings, growth: dict[str, dict[str, list[float]]], f
 
 def save(figure: Any, folder: Path, name: str) -> str:
     """Write a figure through a temporary file; returns its name."""
-    temporary = folder / f".{name}"
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, folder / name)
+    plot.save(figure, folder / name)
     return name

@@ -24,23 +24,25 @@ if TYPE_CHECKING:
 
 
 def draw(
-    settings: Settings, protocols: list[Protocol], found: dict[Method, Tensor], groups: list[Group], folder: Path
+    settings: Settings,
+    protocols: list[Protocol],
+    measured: dict[str, dict[Method, tuple[Tensor, Tensor]]],
+    groups: list[Group],
+    folder: Path,
 ) -> str:
-    """Loss, accuracy, T_eq, baselines and eigenvalues in one figure; returns the file's name."""
+    """Loss, accuracy, T_eq, baselines and eigenvalues in one figure; returns the file's name.
+
+    `measured` is, by protocol and method, the loss and accuracy of each seed's forecast.
+    """
     figure = matplotlib.figure.Figure(figsize=(13, 8.2), layout="constrained")
     axes = figure.subplots(2, 3)
     run = settings.run
     validation, test = protocols
+    found = measured["test"]
     paper, best, mean = (
         next(m for m in found if label in (m.setting, m.method)) for label in ("paper", "recommended", "mean")
     )
     shown = {"quasi-node, every step (paper)": paper, "network, block means": best, "mean of the last epoch": mean}
-    measured = {
-        protocol.name: {
-            m: classifier.loss_and_accuracy(weights, protocol.images, protocol.labels) for m, weights in found.items()
-        }
-        for protocol in protocols
-    }
 
     last = min(settings.epochs, run.t2 + 3 * run.ahead)
     epochs = np.arange(1, last + 1)

@@ -13,7 +13,7 @@ import torch
 
 import koopt
 from koopt import metrics
-from koopt.experiments import figure2, methods, panels, recording, report, system
+from koopt.experiments import de_solver, figure2, methods, panels, recording, report, system
 from koopt.experiments.methods import Method, forecast, loss_of, weights_at
 from koopt.experiments.noisy_windows import minibatch_windows, noise_row
 from koopt.experiments.recording import TRAIL
@@ -98,8 +98,6 @@ class Case:
 
 def check(settings: Settings) -> None:
     """Refuse settings that cannot be run, before anything is written."""
-    from koopt.experiments import de_solver
-
     de_solver.check(settings.solver)
     for name, value in (("every", settings.every), ("window", settings.window)):
         if value < 1 or value % TRAIL:

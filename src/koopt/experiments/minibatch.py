@@ -296,7 +296,7 @@ def opened(run: Run, first: int, folder: Path) -> Group:
     try:
         with safe_open(path, "pt") as file:
             described = (file.metadata() or {}).get("run", "")
-            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the file itself is not iterable
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{path} is missing or damaged; delete it to train these networks again") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in kept.items()}

@@ -56,11 +56,25 @@ class Cost:
 
 
 def row(
-    settings: Settings, protocol: Protocol, method: Method, weights: Tensor, epochs: Tensor, cost: Cost
+    settings: Settings,
+    protocol: Protocol,
+    method: Method,
+    weights: Tensor,
+    measured: tuple[Tensor, Tensor],
+    epochs: Tensor,
+    cost: Cost,
 ) -> dict[str, Any]:
-    """One line of the table, from forecast weights `(seeds, weights)` and those at the end of each epoch."""
+    """One line of the table.
+
+    Args:
+        settings, protocol, method: of this line.
+        weights: `(seeds, weights)`, the forecast.
+        measured: its loss and accuracy, each `(seeds,)`.
+        epochs: `(epochs + 1, seeds, weights)`, the trained weights at the end of each epoch.
+        cost: of the forecast.
+    """
     run = settings.run
-    loss, accuracy = classifier.loss_and_accuracy(weights, protocol.images, protocol.labels)
+    loss, accuracy = measured
     after = protocol.loss[run.t2 :]
     steps, censored = metrics.equivalent_steps(loss, after, every=run.epoch_steps)
     shares, median = steps.double() / run.horizon, metrics.median(steps)
@@ -199,11 +213,16 @@ def _evaluate(
         tell()
     epochs = torch.cat([group.epochs for group in groups], dim=1)
     both = [validation(run, groups, digits), test(epochs, digits)]  # the test set is read here, and only here
+    measured: dict[str, dict[Method, tuple[Tensor, Tensor]]] = {
+        protocol.name: {m: classifier.loss_and_accuracy(found[m], protocol.images, protocol.labels) for m in asked}
+        for protocol in both
+    }
     for protocol in both:
-        rows += [row(settings, protocol, method, found[method], epochs, costs[method]) for method in asked]
+        known = measured[protocol.name]
+        rows += [row(settings, protocol, m, found[m], known[m], epochs, costs[m]) for m in asked]
     for line in rows:
         line |= {"step_in_memory_ms": 1e3 * in_memory, "step_data_loader_ms": 1e3 * loaded}
-    figure = figure3.draw(settings, both, found, groups, folder)
+    figure = figure3.draw(settings, both, measured, groups, folder)
     tell()
     report.write_result(
         folder, "mnist", asdict(settings) | {"run": asdict(run)}, rows, [figure], seconds=time.perf_counter() - begin

@@ -99,7 +99,7 @@ class Proposer:
             moved = rows.diff(dim=0).norm().item()
             size = moved if differences else rows.norm().item()
             least = GRAM_ERROR if differences else linalg.EPS
-            rtol = min(0.5, max(least, self._rounding * tail**0.5 / size)) if size > 0 else least
+            rtol = linalg.share_of_rounding(self._rounding, tail, size, least)
             self._operators[key] = fit_in_form(rows, snapshot_form=True, rtol=rtol, **fit_options)
         return self._operators[key].coefficients(horizon, options.get("max_modulus"))
 
@@ -113,9 +113,7 @@ def _path(snapshots: Tensor) -> Tensor:
     squared = linalg.gram(snapshots, lambda rows: rows.diff(dim=-2)).cpu()
     if not bool(squared.isfinite().all()):
         return torch.full_like(squared, math.nan)
-    values, vectors = linalg.eigh(squared)
-    steps = vectors * values.clamp_min(0.0).sqrt()
-    path = torch.nn.functional.pad(steps.cumsum(dim=0), (0, 0, 1, 0))
+    path = torch.nn.functional.pad(linalg.factor_of_gram(squared).cumsum(dim=0), (0, 0, 1, 0))
     return path - path[-1]
 
 
