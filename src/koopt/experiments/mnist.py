@@ -40,8 +40,6 @@ COLUMNS = {
     "teq_over_T_mean": "…\nmean",
     "teq_over_T_error": "…\n± s.e.",
     "censored": "cen-\nsored",
-    "loss": "loss",
-    "accuracy": "accu-\nracy",
     "speedup": "speed-\nup",
 }
 
