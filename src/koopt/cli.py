@@ -1,4 +1,4 @@
-"""The command line: ``koopt reproduce EXPERIMENT``."""
+"""The command line: ``koopt reproduce EXPERIMENT``, ``koopt bench TASK``."""
 
 from __future__ import annotations
 
@@ -38,10 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("koopt: interrupted; what is recorded stays, and the same command goes on", file=sys.stderr)
         return 130
     except ModuleNotFoundError as missing:
-        print(
-            f"koopt: {(missing.name or '').partition('.')[0]} is not installed; pip install 'koopt[experiments]'",
-            file=sys.stderr,
-        )
+        package, extra = (missing.name or "").partition(".")[0], "bench" if given.command is _bench else "experiments"
+        print(f"koopt: {package} is not installed; pip install 'koopt[{extra}]'", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"koopt: {_one_line(str(error))}", file=sys.stderr)
@@ -88,7 +86,22 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="T",
                 help="optimizer steps ahead, a multiple of 100; may be repeated",
             )
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    about = "time to target against other methods"
+    bench = commands.add_parser("bench", help=about, description=about)
+    bench.set_defaults(command=_bench)
+    bench.add_argument("task", metavar="TASK", help="a task's name, or all")
+    bench.add_argument("--methods", metavar="A,B", help="names, separated by commas (all)")
+    bench.add_argument("--seeds", type=int, help="how many are reported (10; 2 with --quick)")
+    bench.add_argument("--seed", type=int, default=0, help="first of them (%(default)s)")
+    bench.add_argument("--jobs", type=int, default=-1, metavar="N", help="runs at a time; -1: one a core (%(default)s)")
+    bench.add_argument("--output", type=Path, metavar="DIR", help="where all goes (results/bench/TASK)")
+    bench.add_argument("--quick", action="store_true", help="in small, to look at: not figures to cite")
+    bench.add_argument("--report", action="store_true", help="run nothing, report the trials that are there")
 
 
 def _settings(name: str, given: argparse.Namespace) -> Any:
@@ -178,6 +191,41 @@ def _of_the_others(folders: dict[str, Path], given: argparse.Namespace) -> dict[
         run = _settings("mnist", given).run
         recorded["noisy"] = noisy_windows.mnist_windows(run, folders["mnist"] / "recordings")
     return recorded
+
+
+def _bench(given: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from koopt.bench import command, results
+    from koopt.experiments import report
+
+    methods = None if given.methods is None else tuple(name.strip() for name in given.methods.split(","))
+    settings = command.settings(methods, given.seeds, given.seed, given.quick, given.jobs, given.report)
+    folder = given.output or Path("results/bench") / ("" if given.task == "all" else given.task)
+    with _progress() as progress:
+        rows, failures = command.bench_named(given.task, settings, folder, progress)
+    if (folder / "result.json").exists():
+        report.add_command(folder, _bench_command(given))
+    console = Console()
+    console.width = max(console.width, 100)
+    for title, columns, listed in results.tables(rows):
+        console.print(report.table(f"\n{title}", columns, listed))
+    for finding in report.findings(folder) if rows else ():
+        console.print(f"- {finding}", highlight=False)
+    if rows:
+        console.print(f"\nfigures and result.json: {folder}", highlight=False)
+    for failure in failures:
+        print(f"koopt: {_one_line(failure)}", file=sys.stderr)
+    return 2 if failures else 0
+
+
+def _bench_command(given: argparse.Namespace) -> str:
+    words = ["koopt bench", given.task]
+    words += ["--quick"] if given.quick else []
+    words += [f"--methods {given.methods}"] if given.methods is not None else []
+    words += [f"--seeds {given.seeds}"] if given.seeds is not None else []
+    words += [f"--seed {given.seed}"] if given.seed else []
+    return " ".join(words)
 
 
 def _command(name: str, given: argparse.Namespace) -> str:

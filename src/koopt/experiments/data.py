@@ -29,6 +29,8 @@ FILES = {  # name -> md5 of the unpacked bytes, since archives of the same data 
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_MD5 = "6fb458f1232090904fb40fe944165e91"
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,29 @@ def mnist(progress: Callable[[str, int, int], None] | None = None) -> Mnist:
         ValueError: if a file of ``KOOPT_DATA`` is damaged or of other data.
         OSError: if there is neither the folder nor a mirror that answers.
     """
-    folder = os.environ.get("KOOPT_DATA")
-    arrays = [
-        parsed(_from_folder(Path(folder) / "mnist", name) if folder else _from_cache(name, progress)) for name in FILES
+    files = [
+        _File("MNIST", "mnist", name, md5, tuple(f"{mirror}{name}.gz" for mirror in MIRRORS))
+        for name, md5 in FILES.items()
     ]
+    arrays = [parsed(_content(file, progress)) for file in files]
     train_images, train_labels, test_images, test_labels = (torch.from_numpy(array) for array in arrays)
     return Mnist(train_images.flatten(1), train_labels.long(), test_images.flatten(1), test_labels.long())
+
+
+def shakespeare(progress: Callable[[str, int, int], None] | None = None) -> str:
+    """A million characters of Shakespeare's plays, from ``KOOPT_DATA/tinyshakespeare`` or a cache, as :func:`mnist`.
+
+    Args:
+        progress: called with a stage, the bytes loaded and their total, while something is downloaded.
+
+    Raises:
+        ValueError: if the file of ``KOOPT_DATA`` is damaged or another text.
+        OSError: if there is neither the folder nor an answer from the network.
+
+    Source: Karpathy (2015), char-rnn.
+    """
+    file = _File("Tiny Shakespeare", "tinyshakespeare", "input.txt", SHAKESPEARE_MD5, (SHAKESPEARE,))
+    return _content(file, progress).decode()
 
 
 def parsed(content: bytes) -> np.ndarray:
@@ -77,36 +96,51 @@ def parsed(content: bytes) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
 
 
-def _from_folder(folder: Path, name: str) -> bytes:
-    for path in (folder / f"{name}.gz", folder / name):
+@dataclass(frozen=True)
+class _File:
+    """One file of the data set `of`: where under ``KOOPT_DATA``, MD5 of the unpacked bytes, public addresses."""
+
+    of: str
+    folder: str
+    name: str
+    md5: str
+    addresses: tuple[str, ...]
+
+
+def _content(file: _File, progress: Callable[[str, int, int], None] | None) -> bytes:
+    folder = os.environ.get("KOOPT_DATA")
+    return _from_folder(Path(folder) / file.folder, file) if folder else _from_cache(file, progress)
+
+
+def _from_folder(folder: Path, file: _File) -> bytes:
+    for path in (folder / f"{file.name}.gz", folder / file.name):
         if path.is_file():
-            return _checked(path.read_bytes(), name, path)
+            return _checked(path.read_bytes(), file, path)
     raise FileNotFoundError(
-        f"KOOPT_DATA: {folder} has no {name}.gz; put the four files of MNIST there, "
+        f"KOOPT_DATA: {folder} has no {file.name} or {file.name}.gz; put the files of {file.of} there, "
         "or unset KOOPT_DATA to download them"
     )
 
 
-def _from_cache(name: str, progress: Callable[[str, int, int], None] | None) -> bytes:
+def _from_cache(file: _File, progress: Callable[[str, int, int], None] | None) -> bytes:
     import pooch
 
-    cache = Path(pooch.os_cache("koopt"))
-    path = cache / f"{name}.gz"
+    path = Path(pooch.os_cache("koopt")) / file.folder / Path(file.addresses[0]).name
     if path.is_file():
         try:
-            return _checked(path.read_bytes(), name, path)
+            return _checked(path.read_bytes(), file, path)
         except ValueError:  # an interrupted download, or an older file
             path.unlink()
     pooch.get_logger().setLevel("ERROR")  # its advice on hashes is for packed files
     failures = []
-    for mirror in MIRRORS:
-        found = _downloaded(f"{mirror}{name}.gz", path, _Bar(progress))
+    for address in file.addresses:
+        found = _downloaded(address, path, _Bar(file.of, progress))
         if isinstance(found, Path):
-            return _checked(found.read_bytes(), name, found)
-        failures.append(f"{mirror} ({type(found).__name__})")
+            return _checked(found.read_bytes(), file, found)
+        failures.append(f"{address} ({type(found).__name__})")
     raise OSError(
-        f"MNIST could not be downloaded from {' or '.join(failures)}; connect to the network, or put the four files "
-        "(train-images-idx3-ubyte.gz, ...) in a folder mnist/ and name the folder above it in KOOPT_DATA"
+        f"{file.of} could not be downloaded from {' or '.join(failures)}; connect to the network, or put its files "
+        f"({file.name}, ...) in a folder {file.folder}/ and name the folder above it in KOOPT_DATA"
     )
 
 
@@ -122,21 +156,22 @@ def _downloaded(address: str, path: Path, bar: _Bar) -> Path | Exception:
         return error
 
 
-def _checked(content: bytes, name: str, path: Path) -> bytes:
+def _checked(content: bytes, file: _File, path: Path) -> bytes:
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged; delete it or fetch it again") from error
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != FILES[name]:
-        raise ValueError(f"{path} is damaged or not the {name} of MNIST; delete it or fetch it again")
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != file.md5:
+        raise ValueError(f"{path} is damaged or not the {file.name} of {file.of}; delete it or fetch it again")
     return content
 
 
 class _Bar:
     """What pooch expects of a progress bar."""
 
-    def __init__(self, progress: Callable[[str, int, int], None] | None) -> None:
+    def __init__(self, of: str, progress: Callable[[str, int, int], None] | None) -> None:
+        self.of = of
         self.progress = progress
         self.total = 0
         self.done = 0
@@ -144,7 +179,7 @@ class _Bar:
     def update(self, count: int) -> None:
         self.done += count
         if self.progress:
-            self.progress("download MNIST", self.done, max(self.done, self.total))
+            self.progress(f"download {self.of}", self.done, max(self.done, self.total))
 
     def reset(self) -> None:
         self.done = 0

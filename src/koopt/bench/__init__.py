@@ -1,0 +1,1 @@
+"""``koopt bench``: time to target against everything else people do."""

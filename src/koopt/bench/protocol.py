@@ -1,0 +1,256 @@
+"""The protocol: the baseline is tuned, its losses are the targets, and every other method gets the same search."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from koopt.bench import statistics
+from koopt.bench.method import Trainer
+from koopt.bench.run import Record
+from koopt.bench.trials import Trials, Way
+from koopt.experiments import system
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from koopt.bench.method import Observer
+    from koopt.bench.task import Task
+
+    Progress = Callable[[str, int, int], None]
+    Score = tuple[float, ...]
+
+BASELINE = "optimizer"
+TUNING = (1000, 1001)  # seeds; never reported
+SHARES = (0.5, 0.75, 1.0)  # of the baseline's budget, at which its losses are the targets
+MISSED = 1.5  # share of the budget that a target counts which is not reached
+KEPT = 3  # one setting in so many is tried on the second tuning seed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared.
+
+    Attributes:
+        methods: names; the baseline is always among them. None: all that are for the task.
+        seeds: how many are reported.
+        seed: the first of them.
+        quick: whether only two settings a method are searched, to look at.
+        jobs: runs at a time, as joblib counts; None: what ``joblib.parallel_config`` says, or one.
+        frozen: whether nothing is run, and what is there is reported.
+    """
+
+    methods: tuple[str, ...] | None = None
+    seeds: int = 10
+    seed: int = 0
+    quick: bool = False
+    jobs: int | None = None
+    frozen: bool = False
+
+    @property
+    def reported(self) -> range:
+        return range(self.seed, self.seed + self.seeds)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a method's setting was found.
+
+    Attributes:
+        chosen: with the best score over the tuning seeds; None if there are no trials.
+        tried: each setting with its scores by tuning seed, lower is better.
+    """
+
+    chosen: Way | None
+    tried: list[tuple[Way, list[Score]]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that is reported of a task.
+
+    Attributes:
+        task: which.
+        targets: losses, one for each of SHARES.
+        search: by method.
+        records: by method, then by seed.
+        failed: methods that stopped with an error, and why.
+        outdated: sources that have changed since trials were made.
+    """
+
+    task: Task
+    targets: list[float]
+    search: dict[str, Search]
+    records: dict[str, dict[int, Record]]
+    failed: dict[str, str]
+    outdated: set[str]
+
+
+def check(settings: Settings, tasks: Sequence[Task], methods: Mapping[str, Trainer | Observer]) -> None:
+    """Refuse bad settings, naming the command-line option.
+
+    Raises:
+        ValueError: if a method is unknown or not for the only task, or seeds are out of range or those of the tuning.
+    """
+    for name in settings.methods or ():
+        if name not in methods:
+            raise ValueError(f"--methods names {name!r}, expected some of {', '.join(methods)}, separated by commas")
+        if len(tasks) == 1 and not _serves(methods, name, tasks[0]):
+            kind = "full-batch" if not tasks[0].full_batch else "noisy"
+            raise ValueError(f"--methods names {name!r}, which is for {kind} tasks, and {tasks[0].name} is not one")
+    system.require_seeds(settings.seed, settings.seeds)
+    if common := set(TUNING) & set(settings.reported):
+        raise ValueError(f"--seed is {settings.seed}: seed {min(common)} is for tuning, and never reported")
+    if settings.jobs == 0:
+        raise ValueError("--jobs is 0, expected at least 1, or -1 for all cores")
+
+
+def conduct(
+    settings: Settings, task: Task, methods: Mapping[str, Trainer | Observer], trials: Trials, progress: Progress
+) -> Outcome:
+    """Search, then run the reported seeds; what is on disk is taken over.
+
+    The first tuning seed is tried with every setting of the grid, the second with the best third of them, and the best
+    over both is chosen; `options` are then tried likewise on top of the two best. The baseline's score is its final
+    loss, that of others the share of the budget to the baseline's losses on the same seed.
+
+    Args:
+        settings: what is compared.
+        task: on what.
+        methods: all that there are, by name.
+        trials: where trials are kept.
+        progress: called with a stage, the runs done and those in all.
+    """
+    names = serving(settings, methods, task)
+    grids = {name: _ways(name, methods, task, settings.quick) for name in names}
+    every = [(way, TUNING[0]) for ways in grids.values() for way in ways]
+    trials.make(every, f"{task.name}: search", progress)
+
+    def final(record: Record, seed: int) -> Score:
+        return (record.final,)
+
+    found = _narrowed({BASELINE: grids[BASELINE]}, dict.fromkeys([BASELINE], final), trials, "baseline", progress)
+    tuned = found[BASELINE].chosen
+    if tuned is None:
+        return Outcome(task, [], found, {}, trials.failed, trials.outdated)
+    records = {seed: record for seed in TUNING if (record := trials.get(tuned, seed)) is not None}
+    aims = {seed: _losses_at_shares(record, task) for seed, record in records.items()}
+
+    def share(record: Record, seed: int) -> Score:
+        """The mean share of the budget over the targets of this seed, and the final loss where it is the same."""
+        aimed = aims.get(seed, [-math.inf])
+        shares = [statistics.crossing(record.curve.cost, record.curve.loss, aim) / task.steps for aim in aimed]
+        return float(np.mean([one if math.isfinite(one) else MISSED for one in shares])), record.final
+
+    rest = {name: ways for name, ways in grids.items() if name != BASELINE}
+    scores = dict.fromkeys(rest, share)
+    found |= _narrowed(rest, scores, trials, "second seed", progress)
+    further = {name: _with_options(found[name], methods[name], settings.quick) for name in rest}
+    further = {name: ways for name, ways in further.items() if ways}
+    trials.make([(way, TUNING[0]) for ways in further.values() for way in ways], f"{task.name}: options", progress)
+    for name, search in _narrowed(further, scores, trials, "options, second seed", progress).items():
+        found[name] = _best_of(found[name].tried + search.tried)
+
+    chosen = {name: search.chosen for name, search in found.items() if search.chosen is not None}
+    trials.make(
+        [(way, seed) for seed in settings.reported for way in chosen.values()],
+        f"{task.name}: seeds",
+        progress,
+        test=True,
+    )
+    kept = {name: _records(trials, way, settings) for name, way in chosen.items()}
+    kept = {name: kept[name] for name in names if kept.get(name) and name not in trials.failed}
+    plain = kept.get(BASELINE, {}).values()
+    losses = [_losses_at_shares(record, task) for record in plain]
+    targets = [statistics.reached_by_half(list(column)) for column in zip(*losses, strict=True)]
+    return Outcome(task, targets, {n: found[n] for n in names if n in found}, kept, trials.failed, trials.outdated)
+
+
+def serving(settings: Settings, methods: Mapping[str, Trainer | Observer], task: Task) -> tuple[str, ...]:
+    """The methods asked for that are for this task, with the baseline."""
+    asked = settings.methods or tuple(methods)
+    return tuple(n for n in methods if n == BASELINE or (n in asked and _serves(methods, n, task)))
+
+
+def _serves(methods: Mapping[str, Trainer | Observer], name: str, task: Task) -> bool:
+    method = methods[name]
+    trainer = method if isinstance(method, Trainer) else methods[method.beside]
+    return isinstance(trainer, Trainer) and trainer.full_batch in (None, task.full_batch)
+
+
+def _ways(name: str, methods: Mapping[str, Trainer | Observer], task: Task, quick: bool) -> list[Way]:
+    """The settings of a method that are searched first."""
+    method = methods[name]
+    most = 2 if quick else None
+    if isinstance(method, Trainer):
+        return [Way(name, method, setting) for setting in method.grid(task)[:most]]
+    beside = methods[method.beside]
+    assert isinstance(beside, Trainer)
+    runs = beside.grid(task)[:most]
+    return [Way(name, beside, setting, method, observing) for setting in runs for observing in method.grid[:most]]
+
+
+def _with_options(search: Search, method: Trainer | Observer, quick: bool) -> list[Way]:
+    """The two best settings of a search, with each of the method's options."""
+    if not isinstance(method, Trainer):
+        return []
+    best = [way for way, _ in _ranked(search.tried)[:2]]
+    options = method.options[: 1 if quick else None]
+    return [replace(way, setting={**way.setting, **option}) for way in best for option in options]
+
+
+def _narrowed(
+    ways: Mapping[str, Sequence[Way]],
+    scores: Mapping[str, Callable[[Record, int], Score]],
+    trials: Trials,
+    stage: str,
+    progress: Progress,
+) -> dict[str, Search]:
+    """Try the best third by the first tuning seed on the second, and choose by both."""
+    tried = {name: _tried(ways[name], scores[name], trials, TUNING[:1]) for name in ways}
+    better = {name: [way for way, _ in _ranked(few)[: -(-len(few) // KEPT)]] for name, few in tried.items()}
+    again = [(way, seed) for few in better.values() for way in few for seed in TUNING[1:]]
+    trials.make(again, f"{trials.task.name}: {stage}", progress)
+    for name, few in better.items():
+        both = {way.shown: found for way, found in _tried(few, scores[name], trials, TUNING)}
+        tried[name] = [(way, both.get(way.shown, found)) for way, found in tried[name]]
+    return {name: _best_of(few) for name, few in tried.items()}
+
+
+def _tried(
+    ways: Sequence[Way], score: Callable[[Record, int], Score], trials: Trials, seeds: Sequence[int]
+) -> list[tuple[Way, list[Score]]]:
+    """Those of the ways that have trials, with their scores."""
+    found = []
+    for way in ways:
+        records = [(record, seed) for seed in seeds if (record := trials.get(way, seed)) is not None]
+        if records:
+            found.append((way, [score(record, seed) for record, seed in records]))
+    return found
+
+
+def _ranked(tried: list[tuple[Way, list[Score]]]) -> list[tuple[Way, list[Score]]]:
+    """The best first: those on both tuning seeds, by the mean of their scores, then the others."""
+    return sorted(tried, key=lambda one: (-len(one[1]), mean_score(one[1])))
+
+
+def mean_score(scores: Sequence[Score]) -> Score:
+    """Over the tuning seeds."""
+    return tuple(math.fsum(parts) / len(parts) for parts in zip(*scores, strict=True))
+
+
+def _best_of(tried: list[tuple[Way, list[Score]]]) -> Search:
+    ranked = _ranked(tried)
+    return Search(ranked[0][0] if ranked else None, tried)
+
+
+def _losses_at_shares(record: Record, task: Task) -> list[float]:
+    curve = record.curve
+    return [float(np.interp(share * task.steps, curve.cost, curve.loss)) for share in SHARES]
+
+
+def _records(trials: Trials, way: Way, settings: Settings) -> dict[int, Record]:
+    return {seed: record for seed in settings.reported if (record := trials.get(way, seed)) is not None}
