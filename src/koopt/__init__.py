@@ -1,5 +1,6 @@
 """koopt: Koopman training for PyTorch."""
 
+from koopt.checkpoint import forecast_checkpoints
 from koopt.horizon import Plan, plan
 from koopt.live import attach
 from koopt.live.handle import Live
@@ -17,6 +18,7 @@ __all__ = [
     "Trajectory",
     "attach",
     "fit",
+    "forecast_checkpoints",
     "load_into",
     "partition",
     "plan",

@@ -1,4 +1,4 @@
-"""The command line: ``koopt reproduce EXPERIMENT``, ``koopt bench TASK``."""
+"""The command line: ``koopt reproduce``, ``bench``, ``forecast`` and ``spectrum``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import koopt
+from koopt.checkpoint import command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
                 help="optimizer steps ahead, a multiple of 100; may be repeated",
             )
     _add_bench(commands)
+    command.add_commands(commands)
     return parser
 
 

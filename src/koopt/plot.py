@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -228,6 +228,52 @@ def guarded_jumps(ax: Axes, jumps: Sequence[Jump]) -> Axes:
     ax.set(xlabel="optimizer step", ylabel="loss of the guard", title=f"{len(taken)} of {len(jumps)} attempts accepted")
     ax.legend(fontsize=9, frameon=False)
     return ax
+
+
+def checkpoint_spectra(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Eigenvalues on the unit circle, and the half-life of each mode by group.
+
+    Args:
+        figure: empty.
+        rows: one an eigenvalue, with `group`, `real`, `imaginary`, `modulus` and `half_life`, groups in order.
+    """
+    from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    circle, lives = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    depth = [groups.index(row["group"]) for row in rows]
+    colors = colormaps["viridis"](np.array(depth) / max(1, len(groups) - 1) * 0.9)
+    angle = 2 * np.pi * np.linspace(0, 1, 721)
+    circle.plot(np.cos(angle), np.sin(angle), color=INK, lw=0.8)
+    values = np.array([(row["real"], row["imaginary"]) for row in rows])
+    circle.scatter(*values.T, s=18, c=colors, alpha=0.8, lw=0, zorder=3)
+    reach = 1.1 * max(1.05, min(3.0, np.abs(values).max()))  # one runaway must not flatten the rest
+    circle.set(
+        xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel=r"Re $\lambda$", ylabel=r"Im $\lambda$"
+    )
+    decaying = [(place, row["half_life"], color) for place, row, color in zip(depth, rows, colors, strict=True)]
+    seen = [(place, life, color) for place, life, color in decaying if life]
+    if seen:
+        lives.scatter([s[1] for s in seen], [s[0] for s in seen], s=18, c=[s[2] for s in seen], alpha=0.8, lw=0)
+        lives.set_xscale("log")
+        lives.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        lives.xaxis.set_major_formatter("{x:,g}")
+        lives.xaxis.set_minor_locator(NullLocator())
+    staying = [(place, color) for place, life, color in decaying if life is None]
+    edge = lives.get_yaxis_transform()
+    for place, color in staying:
+        lives.plot(1.0, place, ">", ms=5, color=color, transform=edge, clip_on=False)
+    every = -(-len(groups) // 30)
+    names = [name if len(name) <= 32 else f"...{name[-29:]}" for name in groups[::every]]
+    lives.set_yticks(range(0, len(groups), every), names, fontsize=8)
+    lives.set(
+        ylabel="layer",
+        ylim=(len(groups) - 0.5, -0.5),
+        xlabel="half-life in optimizer steps (at the edge: does not decay)",
+    )
+    lives.grid(axis="x", color=INK, alpha=0.12, lw=0.6)
+    return figure
 
 
 def report_of_jumps(jumps: Sequence[Jump], path: str | os.PathLike[str] | None = None) -> Figure:

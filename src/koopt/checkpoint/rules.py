@@ -1,0 +1,196 @@
+"""From a patch's factor to coefficients over its checkpoints: even grid, cut, resolution, held-out error."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from koopt import linalg
+from koopt.checkpoint.factors import resolution
+from koopt.checkpoint.steps import even_grid
+from koopt.forecasters import METHODS
+from koopt.operator import fit, fit_in_form
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from koopt.checkpoint.factors import Factor
+    from koopt.operator import Operator
+
+TIMED = ("line", "regression")  # take checkpoints at any times
+TIMELESS = ("last", "mean", "ema", "anderson")  # do not look at them
+SAFE = ("last", "mean", "ema")  # averages: rounding does not grow
+SEEN = 4.0  # motion of so many roundings is told from rounding
+LEAST = {"koopman": 2, "line": 2, "anderson": 2, "ensemble": 4}
+PEERS = {"last": {}, "mean": {}, "line": {}}  # what every forecast is set beside
+
+
+class Rule(NamedTuple):
+    """A forecaster and how far it looks.
+
+    Attributes:
+        method: a name of ``koopt.forecasters.METHODS``.
+        ahead: optimizer steps after the last checkpoint.
+        options: of the method.
+    """
+
+    method: str
+    ahead: float
+    options: Mapping[str, Any]
+
+
+class Outcome(NamedTuple):
+    """What was decided for the patches of a slab.
+
+    Attributes:
+        coefficients: `(patches, time)`.
+        used: the method that each patch ended up with.
+        rank: of each patch's operator, 0 where there is none.
+        step, window: motion in roundings of the stored numbers, as :func:`resolution` gives them.
+        motion: `(patches,)` length of the last step.
+    """
+
+    coefficients: Float[Tensor, "patches time"]
+    used: list[str]
+    rank: Tensor
+    step: Tensor
+    window: Tensor
+    motion: Tensor
+
+
+def check(rule: Rule, snapshots: int) -> None:
+    """Refuse what no checkpoint would make right: unknown methods and options, too few snapshots."""
+    if rule.method not in METHODS:
+        raise ValueError(f"method is {rule.method!r}, expected one of {', '.join(METHODS)}")
+    allowed = options_of(rule.method)
+    for name in rule.options:
+        if name not in allowed:
+            raise TypeError(
+                f'{name} is not an option of method "{rule.method}", which takes {", ".join(allowed) or "none"}'
+            )
+    if isinstance(rule.ahead, bool) or not isinstance(rule.ahead, (int, float)) or not rule.ahead >= 0:
+        raise ValueError(f"ahead is {rule.ahead!r}, expected optimizer steps >= 0 after the last checkpoint, or inf")
+    if math.isinf(rule.ahead) and rule.method in (*TIMED, "dema"):
+        raise ValueError(f"ahead is inf, but {rule.method} has no limit; give a number of steps")
+    least = LEAST.get(rule.method, 1) + bool(rule.options.get("difference"))
+    if snapshots < least:
+        raise ValueError(f"{rule.method} needs at least {least} checkpoints, got {snapshots}; give more")
+    METHODS[rule.method](torch.arange(float(snapshots)).unsqueeze(1), 1, **rule.options)  # refuses options out of range
+
+
+def options_of(method: str) -> tuple[str, ...]:
+    """The options that a method takes from the user."""
+    names = inspect.signature(fit if method == "koopman" else METHODS[method]).parameters
+    own = [name for name in names if name not in ("snapshots", "horizon", "times")]
+    return (*own, "max_modulus") if method == "koopman" else tuple(own)
+
+
+def decide(factor: Factor, times: Float[Tensor, " time"], rule: Rule) -> Outcome:
+    """Coefficients of each patch, by the rule where the stored numbers show the motion that it needs.
+
+    A patch whose steps are below ``SEEN`` roundings gets the regression line, one whose whole window is gets the mean,
+    one that does not move its last snapshot.
+    """
+    step, window, moves = resolution(factor)
+    used = [rule.method] * len(step)
+    if rule.method not in SAFE:
+        for i, (small, smaller) in enumerate(zip((step < SEEN).tolist(), (window < SEEN).tolist(), strict=True)):
+            if smaller:
+                used[i] = "mean"
+            elif small and rule.method != "regression":
+                used[i] = "regression" if math.isfinite(rule.ahead) else "mean"
+    used = [method if moving else "last" for method, moving in zip(used, moves.tolist(), strict=True)]
+    coefficients = torch.zeros(factor.rows.shape[:2], dtype=torch.float64)
+    rank = torch.zeros(len(used), dtype=torch.int64)
+    for method in dict.fromkeys(used):
+        chosen = torch.tensor([i for i, name in enumerate(used) if name == method])
+        part = factor._replace(rows=factor.rows[chosen], eps=factor.eps[chosen])
+        own = rule._replace(method=method, options=rule.options if method == rule.method else {})
+        coefficients[chosen], rank[chosen] = _coefficients(part, times, own)
+    motion = (factor.rows[:, -1] - factor.rows[:, -2]).norm(dim=-1)
+    return Outcome(coefficients, used, rank, step, window, motion)
+
+
+def held_out(factor: Factor, times: Float[Tensor, " time"], rule: Rule) -> dict[str, Float[Tensor, " patches"]]:
+    """How far forecasts of the last checkpoint from the earlier ones miss it, by the rule and by each of its peers.
+
+    Returns:
+        Lengths of the errors of each patch: "koopt" for the rule with what it falls back to, and the peers' names.
+    """
+    earlier = factor._replace(rows=factor.rows[:, :-1])
+    ahead = (times[-1] - times[-2]).item()
+    found = {"koopt": decide(earlier, times[:-1], rule._replace(ahead=ahead)).coefficients}
+    for method, options in PEERS.items():
+        found[method], _ = _coefficients(earlier, times[:-1], Rule(method, ahead, options))
+    end = factor.rows[:, -1]
+    return {name: (linalg.combine(c, earlier.rows) - end).norm(dim=-1) for name, c in found.items()}
+
+
+def operator(factor: Factor, times: Float[Tensor, " time"], options: Mapping[str, Any]) -> tuple[Operator, float]:
+    """One operator a patch on the factor of one slab whose patches have the same resolution, and its time step."""
+    weights, spacing = even_grid(times)
+    rows = weights @ factor.rows
+    options = dict(options)
+    options.pop("max_modulus", None)
+    rank = options.pop("rank", None)
+    options["rtol"] = max(cut(factor._replace(rows=rows), options))
+    options["rank"] = factor.state if rank is None else min(rank, factor.state)
+    return fit_in_form(rows, snapshot_form=True, **options), spacing
+
+
+def cut(factor: Factor, options: Mapping[str, Any]) -> list[float]:
+    """The share of each patch's largest singular value up to which others are cut.
+
+    It is that of :func:`koopt.fit` on the weights themselves, whose dtype and number the factor does not show.
+    """
+    patches, time, _ = factor.rows.shape
+    own = max(linalg.EPS * max(time, factor.state), linalg.EPS)
+    if options.get("rtol") is not None:
+        return [max(options["rtol"], linalg.EPS)] * patches
+    eps = factor.eps.clamp_min(own)
+    if not (options.get("difference") or options.get("center")):
+        return eps.tolist()
+    rows = factor.rows.diff(dim=1) if options.get("difference") else factor.rows
+    if options.get("center"):
+        rows = rows - rows[:, :-1].mean(dim=1, keepdim=True)
+    largest = torch.linalg.matrix_norm(rows[:, :-1], 2).tolist()
+    ends = factor.rows[:, [0, -1]].norm(dim=-1).amax(dim=-1)
+    rounding = (factor.eps * ends).tolist()
+    return [
+        linalg.share_of_rounding(error, time, size, share)
+        for error, size, share in zip(rounding, largest, eps.tolist(), strict=True)
+    ]
+
+
+def _coefficients(factor: Factor, times: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Coefficients of one method over all patches, and the ranks of its operators."""
+    none = torch.zeros(len(factor.rows), dtype=torch.int64)
+    if rule.method in TIMED:
+        return METHODS[rule.method](factor.rows, rule.ahead, times=times, **rule.options), none
+    if rule.method in TIMELESS:
+        return METHODS[rule.method](factor.rows, rule.ahead, **rule.options), none
+    weights, spacing = even_grid(times)
+    horizon = rule.ahead / spacing
+    if abs(horizon - round(horizon)) < 1e-9 * max(1.0, horizon) if math.isfinite(horizon) else False:
+        horizon = round(horizon)  # whole steps go by powers
+    rows = weights @ factor.rows
+    if rule.method != "koopman":
+        return METHODS[rule.method](rows, horizon, **rule.options) @ weights, none
+    options = dict(rule.options)
+    max_modulus = options.pop("max_modulus", None)
+    shares = torch.tensor(cut(factor._replace(rows=rows), options), dtype=torch.float64)
+    rank = options.pop("rank", None)
+    options["rank"] = factor.state if rank is None else min(rank, factor.state)
+    coefficients, ranks = torch.zeros(rows.shape[:2], dtype=torch.float64), none
+    shares = torch.exp2((16 * shares.log2()).ceil() / 16) if len(shares) > 1 else shares  # a few fits, not one a patch
+    for share in shares.unique().tolist():
+        chosen = (shares == share).nonzero().squeeze(-1)
+        found = fit_in_form(rows[chosen], snapshot_form=True, **{**options, "rtol": min(share, 0.5)})
+        coefficients[chosen], ranks[chosen] = found.coefficients(horizon, max_modulus), found.rank
+    return coefficients @ weights, ranks

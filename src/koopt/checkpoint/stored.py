@@ -1,0 +1,130 @@
+"""What a checkpoint is here: named tensors, each at a place in a file; opened, ordered and compared, not yet read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SMALL = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # what can be forecast
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies.
+
+    Attributes:
+        file: that holds it.
+        offset: of its first byte in the file.
+        dtype, shape: as stored.
+        order: its axes from the outermost in memory to the innermost.
+    """
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved state: a file or a folder.
+
+    Attributes:
+        path: as given.
+        kind: "safetensors", "folder" or "pt".
+        entries: its tensors by name, in the order of the files.
+        metadata: of the safetensors file or index, or the numbers beside a `.pt` state dict.
+        files: that hold tensors.
+    """
+
+    path: Path
+    kind: str
+    entries: dict[str, Entry]
+    metadata: dict[str, object] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read names, shapes and places of a checkpoint's tensors, not the tensors.
+
+    Args:
+        path: a `.safetensors` file, a folder with one or with shards and their index (or the index itself), or a `.pt`,
+            `.pth`, `.ckpt` or `.bin` file as ``torch.save`` writes it.
+
+    Raises:
+        ValueError: if the file is damaged or would have to run code, naming it and what is wrong.
+        OSError: if it cannot be read.
+    """
+    from koopt.checkpoint import folders, pickled, safe
+
+    place = Path(path)
+    if place.name.endswith(".safetensors.index.json"):
+        place = place.parent
+    if not place.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; check the name")
+    if place.is_dir():
+        return folders.open_folder(place)
+    if not place.is_file():
+        raise ValueError(f"{path}: not a regular file; give a checkpoint's file or folder")
+    if place.suffix == ".safetensors":
+        return safe.open_safetensors(place)
+    if place.suffix in pickled.SUFFIXES:
+        return pickled.open_pickled(place)
+    raise ValueError(
+        f"{path}: unknown kind {place.suffix!r}, expected .safetensors, {', '.join(pickled.SUFFIXES)}, or a folder"
+    )
+
+
+def require_alike(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> None:
+    """Refuse checkpoints whose tensors of these names differ in shape or dtype from those of the last."""
+    last = checkpoints[-1]
+    for other in checkpoints[:-1]:
+        for name in names:
+            if name not in other.entries:
+                raise ValueError(
+                    f"{other.path}: tensor {name!r} of {last.path} is missing; give checkpoints of one model, "
+                    "or leave it out with --exclude"
+                )
+            found, expected = other.entries[name], last.entries[name]
+            for what in ("shape", "dtype", "order"):
+                if getattr(found, what) != getattr(expected, what):
+                    raise ValueError(
+                        f"{other.path}: tensor {name!r} has {_WORDS[what]} {_plain(getattr(found, what))}, in "
+                        f"{last.path} {_plain(getattr(expected, what))}; give checkpoints of one model, "
+                        "or leave it out with --exclude"
+                    )
+
+
+def require_same_names(checkpoints: Sequence[Checkpoint], chosen: Sequence[Sequence[str]]) -> None:
+    """Refuse a checkpoint with chosen tensors that the last one lacks."""
+    known = set(chosen[-1])
+    for checkpoint, names in zip(checkpoints[:-1], chosen[:-1], strict=True):
+        extra = [name for name in names if name not in known]
+        if extra:
+            raise ValueError(
+                f"{checkpoint.path}: tensor {extra[0]!r} is not in {checkpoints[-1].path}; "
+                "give checkpoints of one model, or leave it out with --exclude"
+            )
+
+
+_WORDS = {"shape": "shape", "dtype": "dtype", "order": "its axes stored in the order"}
+
+
+def _plain(value: object) -> str:
+    return str(value).removeprefix("torch.")

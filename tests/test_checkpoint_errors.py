@@ -1,0 +1,321 @@
+"""`koopt forecast` and `koopt spectrum`: bad input is one line and exit code 2, nothing is written, inputs stay."""
+
+import errno
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import koopt
+from koopt import cli
+from koopt.checkpoint import writing
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import checkpoint_fuzz as fuzz
+
+SCRIPT = "import sys; from koopt.cli import main; sys.exit(main())"
+
+
+def state(t, **more):
+    return {
+        "a.weight": torch.full((2, 3), 1.0 + 0.5**t),
+        "a.bias": torch.arange(2.0) * t,
+        "count": torch.tensor(t),
+    } | more
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """Four sound checkpoints in a folder of their own."""
+    (tmp_path / "in").mkdir()
+    made = [tmp_path / "in" / f"step_{10 * t}.safetensors" for t in range(1, 5)]
+    for t, path in enumerate(made):
+        save_file(state(t), path)
+    return made
+
+
+def run(capsys, *arguments):
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refused(capsys, folder, *arguments):
+    """The one line of a refusal that changes no file."""
+    before = contents(folder)
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("koopt")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert contents(folder) == before
+    return err
+
+
+def rewrite(path, **changed):
+    """The same checkpoint with other tensors; None leaves one out."""
+    held = load_file(path) | changed
+    save_file({name: tensor for name, tensor in held.items() if tensor is not None}, path)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+BAD = {
+    "missing": (lambda p: p[1].unlink(), "{1}: no such file or folder"),
+    "empty": (lambda p: p[1].write_bytes(b""), "{1}: not a safetensors file, or truncated: 0 bytes"),
+    "truncated": (lambda p: p[1].write_bytes(p[1].read_bytes()[:-5]), "{1}: truncated, tensor 'a.weight' ends 5 bytes"),
+    "too long": (lambda p: p[1].write_bytes(p[1].read_bytes() + b"x"), "{1}: damaged, 1 bytes after the last tensor"),
+    "lacks a tensor": (lambda p: rewrite(p[1], **{"a.bias": None}), "{1}: tensor 'a.bias' of {3} is missing"),
+    "another tensor": (lambda p: rewrite(p[1], extra=torch.ones(1)), "{1}: tensor 'extra' is not in {3}"),
+    "another shape": (
+        lambda p: rewrite(p[1], **{"a.bias": torch.ones(3)}),
+        "{1}: tensor 'a.bias' has shape (3,), in {3} (2,)",
+    ),
+    "another dtype": (
+        lambda p: rewrite(p[1], **{"a.bias": torch.ones(2, dtype=torch.float16)}),
+        "{1}: tensor 'a.bias' has dtype float16, in {3} float32",
+    ),
+    "NaN": (
+        lambda p: rewrite(p[1], **{"a.bias": torch.tensor([1.0, torch.nan])}),
+        "{1}: tensor 'a.bias' holds NaN or Inf",
+    ),
+    "Inf in the last": (
+        lambda p: rewrite(p[3], **{"a.bias": torch.tensor([1.0, torch.inf])}),
+        "{3}: tensor 'a.bias' holds",
+    ),
+    "float8": (
+        lambda p: [rewrite(q, x=torch.ones(2).to(torch.float8_e4m3fn)) for q in p],
+        "{0}: tensor 'x' is float8_e4m3fn, only float16",
+    ),
+    "complex": (lambda p: [rewrite(q, x=torch.ones(2) + 1j) for q in p], "tensor 'x' is complex64"),
+    "nothing moves": (lambda p: [q.write_bytes(p[0].read_bytes()) for q in p], "no tensor differs"),
+    "overflow": (
+        lambda p: [rewrite(q, x=torch.tensor([6e4 * 0.5 ** (3 - i)]).half()) for i, q in enumerate(p)],
+        "the forecast of tensor 'x' is not finite in float16",
+    ),
+    "too large to square": (
+        lambda p: [rewrite(q, x=torch.tensor([10.0 ** (200 + i)], dtype=torch.float64)) for i, q in enumerate(p)],
+        "tensor 'x' has numbers too large to square",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD.values(), ids=BAD)
+def test_bad_checkpoints(damage, message, paths, tmp_path, capsys):
+    damage(paths)
+    line = refused(
+        capsys, tmp_path, "forecast", *paths, "--ahead", 20, "-o", tmp_path / "out.safetensors", "--difference"
+    )
+    assert message.format(*paths) in line
+
+
+OPTIONS = {
+    "ahead": (("--ahead", "-1"), "ahead is -1.0, expected optimizer steps >= 0"),
+    "ahead is nan": (("--ahead", "nan"), "ahead is nan"),
+    "no limit": (("--ahead", "inf", "--method", "line"), "ahead is inf, but line has no limit"),
+    "method": (("--method", "magic"), "method is 'magic', expected one of koopman"),
+    "of another method": (
+        ("--method", "line", "--rank", "2"),
+        'rank is not an option of method "line", which takes span',
+    ),
+    "rank": (("--rank", "0"), "rank is 0, expected a whole number >= 1"),
+    "rtol": (("--rtol", "2"), "rtol is 2.0, expected 0 <= rtol < 1"),
+    "by": (("--by", "weight"), "by is 'weight', expected network, layer, node"),
+    "steps": (("--steps", "1,2"), "--steps: 2 for 4 checkpoints"),
+    "steps no numbers": (("--steps", "1,b"), "--steps is '1,b', expected numbers with commas"),
+    "same steps": (("--steps", "1,2,2,3"), "step 2 is that of"),
+    "infinite step": (("--steps", "1,2,3,inf"), "inf is not a step"),
+    "uneven": (("--steps", "1,2,3,100"), "run from 1 to 97, too uneven for an operator"),
+    "nothing let in": (("--include", "z*"), "no floating-point tensor of 3 is let in"),
+    "no such place": (("-o", "nowhere/out.safetensors"), "nowhere: no such folder to write out.safetensors to"),
+    "other kind": (("-o", "out.pt"), "end its name with .safetensors"),
+}
+
+
+@pytest.mark.parametrize("command", [(), ("--dry-run",)], ids=["forecast", "dry run"])
+@pytest.mark.parametrize(("options", "message"), OPTIONS.values(), ids=OPTIONS)
+def test_bad_options(options, message, command, paths, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ("forecast", *paths, "--ahead", "5", "-o", tmp_path / "out.safetensors", *options, *command)
+    assert message in refused(capsys, tmp_path, *given)
+
+
+def test_an_output_that_is_an_input(paths, tmp_path, capsys):
+    (tmp_path / "link.safetensors").symlink_to(paths[2])
+    for output in (paths[0], paths[3].parent / "../in/step_20.safetensors", tmp_path / "link.safetensors"):
+        line = refused(capsys, tmp_path, "forecast", *paths, "--ahead", 5, "-o", output)
+        assert "this output is an input" in line
+
+
+@pytest.mark.parametrize("place", ["", "/inner", "/..", "/../other"])
+def test_folders_in_the_way(place, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    folders = [tmp_path / "runs" / f"checkpoint-{t}" for t in range(3)]
+    for t, folder in enumerate(folders):
+        fuzz.save_folder(folder, state(t))
+    (tmp_path / "runs" / "other").mkdir()
+    (tmp_path / "runs" / "other" / "notes").touch()
+    line = refused(capsys, tmp_path, "forecast", *folders, "--ahead", 1, "-o", f"{folders[2]}{place}")
+    assert "this output" in line or "exists already" in line
+
+
+def test_a_pickle_that_would_run_code(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for t in range(3):
+        torch.save(state(t) | ({"evil": Evil()} if t == 1 else {}), tmp_path / f"step_{t}.pt")
+    line = refused(capsys, tmp_path, "forecast", *sorted(tmp_path.glob("*.pt")), "--ahead", 5, "-o", "out.pt")
+    assert "step_1.pt: not loaded, since it holds more than plain tensors (GLOBAL posix.mkdir)" in line
+    assert not (tmp_path / "pwned").exists()
+
+
+OTHER_PICKLES = {
+    "a list": ([torch.ones(2)], "holds a list, expected a state dict"),
+    "no tensors": ({"lr": 0.1}, "no tensors by name"),
+    "numbered": ({1: torch.ones(2)}, "named by something other than strings"),
+    "part of a tensor": ({"w": torch.arange(9.0).view(3, 3)[:, 1:]}, "tensor 'w' is not a whole strided tensor"),
+    "sparse": ({"w": torch.eye(3).to_sparse()}, "tensor 'w' is not a whole strided tensor"),
+}
+
+
+@pytest.mark.parametrize(("held", "message"), OTHER_PICKLES.values(), ids=OTHER_PICKLES)
+def test_other_pickles(held, message, tmp_path, capsys):
+    for t in range(3):
+        torch.save(held, tmp_path / f"step_{t}.pt")
+    given = sorted(tmp_path.glob("*.pt"))
+    assert message in refused(capsys, tmp_path, "forecast", *given, "--ahead", 5, "-o", tmp_path / "out.pt")
+
+
+def test_the_format_before_zip(tmp_path, capsys):
+    for t in range(3):
+        torch.save(state(t), tmp_path / f"step_{t}.pt", _use_new_zipfile_serialization=False)
+    given = sorted(tmp_path.glob("*.pt"))
+    line = refused(capsys, tmp_path, "forecast", *given, "--ahead", 5, "-o", tmp_path / "out.pt")
+    assert "not what torch.save writes since 1.6" in line
+
+
+def test_one_checkpoint_is_not_enough(paths, tmp_path, capsys):
+    line = refused(capsys, tmp_path, "forecast", paths[0], "--ahead", 5, "-o", tmp_path / "out.safetensors")
+    assert "koopman needs at least 2 checkpoints, got 1" in line
+    line = refused(capsys, tmp_path, "forecast", *paths[:2], "--ahead", 5, "--holdout")
+    assert "koopman needs at least 2 checkpoints, got 1" in line
+
+
+def test_where_to_is_asked_for(paths, tmp_path, capsys):
+    assert "--output is missing" in refused(capsys, tmp_path, "forecast", *paths, "--ahead", 5)
+
+
+@pytest.mark.parametrize("method", ["koopman", "line"])
+def test_a_full_disk(method, paths, tmp_path, capsys, monkeypatch):
+    """Found by the free space, at reserving it, or by a write."""
+    given = ("forecast", *paths, "--ahead", 5, "-o", tmp_path / "out.safetensors", "--method", method)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writing.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 3})())
+        assert "0 MiB are free" in refused(capsys, tmp_path, *given)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        assert "No space left on device" in refused(capsys, tmp_path, *given)
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, "write_fully", full)
+        assert "No space left on device" in refused(capsys, tmp_path, *given)
+    assert run(capsys, *given)[0] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals as on Linux")
+def test_ctrl_c_leaves_nothing(tmp_path):
+    """In the middle of a pass that waits for a pipe's worth of work."""
+    (tmp_path / "in").mkdir()
+    given = [str(tmp_path / "in" / f"step_{t}.safetensors") for t in range(4)]
+    for t, path in enumerate(given):
+        save_file(state(t), path)
+    slow = (
+        "import time; from koopt.checkpoint import writing; old = writing.write\n"
+        "def write(*a): print('writing', flush=True); time.sleep(60); old(*a)\n"
+        "writing.write = write\n"
+    )
+    command = [sys.executable, "-c", slow.replace("sleep(60)", "sleep(1)") + SCRIPT, "forecast", *given, "--ahead", "1"]
+    child = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "out.safetensors")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "writing\n"
+    time.sleep(0.2)
+    child.send_signal(signal.SIGINT)
+    _, error = child.communicate(timeout=60)
+    assert (child.returncode, error) == (130, "koopt: interrupted; nothing was written\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_forecast_prints_what_it_did(paths, tmp_path, capsys):
+    report = tmp_path / "report"
+    output = tmp_path / "out.safetensors"
+    given = ("forecast", *paths, "--ahead", 10, "-o", output, "--holdout", "--by", "layer", "--report", report)
+    code, out, err = run(capsys, *given)
+    assert (code, err) == (0, "")
+    assert "last one held out" in out
+    assert f"forecast of step 50: {output}" in out
+    result = json.loads((report / "result.json").read_text())
+    assert result["experiment"] == "forecast"
+    assert [row["group"] for row in result["rows"]] == ["a"]
+    assert 0 < result["rows"][0]["error"] < result["rows"][0]["error_mean"]
+    assert load_file(output)["count"] == 3
+
+
+def test_dry_run_writes_nothing(paths, tmp_path, capsys):
+    before = contents(tmp_path)
+    code, out, _ = run(capsys, "forecast", *paths, "--ahead", 10, "-o", tmp_path / "out.safetensors", "--dry-run")
+    assert code == 0
+    assert "forecast 8 numbers in 2 tensors, 1 operator by network, koopman, to step 50" in out
+    assert "copy 1 other tensors from the last" in out
+    assert contents(tmp_path) == before
+
+
+def test_spectrum_prints_and_draws(paths, tmp_path, capsys):
+    code, out, err = run(capsys, "spectrum", *paths, "--output", tmp_path / "spectrum", "--difference", "--rank", 1)
+    assert (code, err) == (0, "")
+    assert "longest half-life" in out
+    assert (tmp_path / "spectrum" / "spectrum.png").stat().st_size > 10_000
+    result = json.loads((tmp_path / "spectrum" / "result.json").read_text())
+    assert (result["experiment"], result["figures"]) == ("spectrum", ["spectrum.png"])
+    assert {"group", "real", "imaginary", "half_life", "residual"} <= result["rows"][0].keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--by", "node"), "by is 'node', expected layer or network"), (("--rank", "0"), "rank is 0")],
+)
+def test_spectrum_refuses(options, message, paths, tmp_path, capsys):
+    assert message in refused(capsys, tmp_path, "spectrum", *paths, "--output", tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize("kind", fuzz.KINDS)
+def test_two_thousand_damaged_files(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_parser", functools.cache(cli._parser))  # building it would take a third of the time
+    sound = fuzz.make(tmp_path)
+    codes = [fuzz.trial(sound, kind, seed, fuzz.run) for seed in range(500)]
+    assert 0 < codes.count(0) < 250
+
+
+def test_paths_must_be_several(tmp_path):
+    with pytest.raises(ValueError, match="expected at least two checkpoints, got"):
+        koopt.forecast_checkpoints(str(tmp_path), 5, method="mean")
