@@ -19,8 +19,10 @@ from koopt.experiments import oscillator
 from koopt.live.candidates import gain
 
 
-def run(seed: int, steps: int, rate: float, options: dict | None, target: float | None = None) -> dict[str, float]:
-    """The cost in steps until the target, or the final loss and the best where there is none."""
+def run(
+    seed: int, steps: int, rate: float, options: dict | None, target: float | None = None, figure: str | None = None
+) -> dict[str, float]:
+    """The cost in steps until the target, or the final loss and the best where there is none; draws its jumps."""
     network = oscillator.Oscillator()
     weights = oscillator.initial_weights(seed)
     with torch.no_grad():
@@ -48,6 +50,8 @@ def run(seed: int, steps: int, rate: float, options: dict | None, target: float 
         scheduler.step()
         cost += 1
     seconds = time.perf_counter() - started
+    if koop is not None and figure is not None:
+        koop.report(figure)
     jumps = [] if koop is None else koop.jumps
     evaluations = sum(jump.evaluations for jump in jumps)
     return {
@@ -68,13 +72,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--rate", type=float, default=0.04)
     parser.add_argument("--option", nargs=2, action="append", default=[], metavar=("NAME", "JSON"), help="of attach")
+    parser.add_argument("--figure", help="where the jumps of the last seed are drawn")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     options = {name: json.loads(text) for name, text in arguments.option}
     shares = []
     for seed in arguments.seeds:
         plain = run(seed, arguments.steps, arguments.rate, None)
-        live = run(seed, arguments.steps, arguments.rate, options, plain["loss"])
+        live = run(seed, arguments.steps, arguments.rate, options, plain["loss"], arguments.figure)
         shares.append(live["cost"] / arguments.steps if live["reached"] else float("nan"))
         print(
             f"seed {seed}: plain {plain['loss']:.3e} in {arguments.steps} steps, {plain['seconds']:.1f} s; with koopt "

@@ -1,8 +1,10 @@
-"""What recording costs: seconds of an optimizer step with koopt attached over those without, nothing else changed.
+"""What koopt costs beside a run that it does not help: recording alone, and attempts that are all refused.
 
     python benchmarks/live_recording.py
+    python benchmarks/live_recording.py --parts
 
-Blocks of steps with and without koopt take turns, and the median of their ratios is printed.
+Processor seconds of a run with koopt attached over those of the same run without it; the two take turns, by blocks.
+With --parts: what a snapshot, a mean, all fits and a candidate take in optimizer steps, and what the budget assumes.
 """
 
 from __future__ import annotations
@@ -11,54 +13,134 @@ import argparse
 import itertools
 import statistics
 import time
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 import koopt
+from koopt.live.budget import MEAN, SNAPSHOT, Costs
+from koopt.live.candidates import FAMILIES, Proposer, moved
+from koopt.live.guard import measure
+from koopt.live.window import BlockMeans, Snapshots
 
-SIZES = {"100 weights": (8, 8, 2), "25k weights": (64, 128, 128, 10), "118k weights": (784, 128, 128, 10)}
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-
-def seconds(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor, steps: int) -> float:
-    started = time.perf_counter()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return time.perf_counter() - started
-
-
-def run(sizes: tuple[int, ...], batch: int) -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(0)
-    layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
-    model = nn.Sequential(*layers[:-1])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    return model, optimizer, torch.randn(batch, sizes[0]), torch.randint(0, sizes[-1], (batch,))
+SIZES = {
+    "152": (4, 10, 8, 1),
+    "9k": (64, 64, 64, 10),
+    "26k": (64, 128, 128, 10),
+    "118k": (784, 128, 128, 10),
+    "932k": (784, 512, 512, 512, 10),
+}
+BLOCK = 100  # steps, the default cycle
 
 
-def overhead(sizes: tuple[int, ...], mode: str, batch: int, pairs: int, steps: int, refused: bool) -> float:
-    plain, beside = run(sizes, batch), run(sizes, batch)
-    # a constant guard refuses every jump; a budget of nothing leaves recording alone
-    guard = None if mode == "forecast" else (lambda: 1.0)
-    koopt.attach(beside[1], beside[0], guard, mode, max_overhead=0.03 if refused else 0.0)
-    for each in (plain, beside):
-        seconds(*each, 500)
-    return statistics.median(1 / (seconds(*plain, steps) / seconds(*beside, steps)) for _ in range(pairs)) - 1
+class Run:
+    """A network on one batch, trained slowly, so that its motion is smooth and no attempt ends early."""
+
+    def __init__(self, sizes: tuple[int, ...], batch: int) -> None:
+        torch.manual_seed(0)
+        layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.Tanh())]
+        self.model = nn.Sequential(*layers[:-1])
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.x, self.y = torch.randn(batch, sizes[0]), torch.randn(batch, sizes[-1])
+
+    def loss(self) -> torch.Tensor:
+        return nn.functional.mse_loss(self.model(self.x), self.y)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+    def seconds(self, steps: int) -> float:
+        started = time.thread_time()
+        for _ in range(steps):
+            self.step()
+        return time.thread_time() - started
+
+
+def overhead(sizes: tuple[int, ...], mode: str, batch: int, steps: int, refused: bool) -> tuple[float, int]:
+    """The share that koopt adds, and how many attempts it made."""
+    plain, beside = Run(sizes, batch), Run(sizes, batch)
+
+    def guard() -> float:
+        beside.loss()
+        return 1.0  # nothing is ever better
+
+    koop = koopt.attach(beside.optimizer, beside.model, None if mode == "forecast" else guard, mode)
+    if not refused:  # snapshots are taken for an attempt in each cycle, which is not made
+        koop._jump = lambda allowed: koop._schedule.succeed(koop.steps)  # type: ignore[assignment]
+    pairs = [(plain.seconds(BLOCK), beside.seconds(BLOCK)) for _ in range(steps // BLOCK)]
+    if refused:  # attempts are few and long
+        share = sum(other for _, other in pairs) / sum(own for own, _ in pairs)
+    else:
+        share = statistics.median(other / own for own, other in pairs)
+    return share - 1, sum(jump.evaluations > 0 for jump in koop.jumps)
+
+
+def parts(sizes: tuple[int, ...], batch: int) -> dict[str, tuple[float, float]]:
+    """Measured and assumed, in steps."""
+    run = Run(sizes, batch)
+    run.seconds(200)
+    parameters = list(run.model.parameters())
+    tail, means = (kind(parameters, 30, torch.float32, torch.device("cpu")) for kind in (Snapshots, BlockMeans))
+    for _ in range(47):
+        run.step()
+        tail.add(parameters)
+    snapshots, saved = tail.ordered(), [p.detach().clone() for p in parameters]
+    coefficients = Proposer(snapshots).coefficients(FAMILIES[0])
+
+    def candidate() -> None:
+        torch._foreach_copy_(saved, moved(saved, snapshots, coefficients))
+        measure(run.loss, run.model)
+
+    def fits() -> None:
+        proposer = Proposer(tail.ordered())
+        for family in FAMILIES:
+            proposer.coefficients(family)
+
+    step = median_seconds(run.step, 200)
+    costs = Costs.of(sum(p.nbytes for p in parameters), tail.nbytes)
+    measured = {
+        "snapshot": (median_seconds(lambda: tail.add(parameters), 100), SNAPSHOT),
+        "mean": (median_seconds(lambda: means._add(parameters), 100), MEAN),
+        "fit": (median_seconds(fits, 10), costs.fit),
+        "candidate": (median_seconds(candidate, 20), costs.candidate),
+    }
+    return {name: (seconds / step, assumed) for name, (seconds, assumed) in measured.items()}
+
+
+def median_seconds(call: Callable[[], object], times: int) -> float:
+    taken = []
+    for _ in range(times):
+        started = time.thread_time()
+        call()
+        taken.append(time.thread_time() - started)
+    return statistics.median(taken)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=101)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--refused", action="store_true", help="try jumps too, all of which a constant guard refuses")
+    parser.add_argument("--steps", type=int, default=5_000)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--parts", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name, sizes in SIZES.items():
-        for mode in ("forecast", "jump", "auto"):
-            share = overhead(sizes, mode, arguments.batch, arguments.pairs, arguments.steps, arguments.refused)
-            print(f"{name}, {mode}: recording costs {100 * share:.1f} % of a step", flush=True)
+    for name in arguments.sizes:
+        if arguments.parts:
+            found = parts(SIZES[name], arguments.batch)
+            told = ", ".join(f"{part} {took:.3f} (assumed {assumed:.3f})" for part, (took, assumed) in found.items())
+            print(f"{name} weights, in steps: {told}", flush=True)
+            continue
+        for refused, modes in ((False, ("forecast", "jump", "auto")), (True, ("jump", "auto"))):
+            for mode in modes:
+                share, attempts = overhead(SIZES[name], mode, arguments.batch, arguments.steps, refused)
+                what = f"{attempts} attempts, all refused, and recording" if refused else "recording"
+                print(f"{name} weights, {mode}: {what} cost {100 * share:.1f} % of {arguments.steps} steps", flush=True)
 
 
 if __name__ == "__main__":

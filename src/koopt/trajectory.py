@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 from functools import cache
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch._utils import _unflatten_dense_tensors
 from koopt import linalg
 from koopt.forecasters import METHODS
 from koopt.horizon import Plan, plan
+from koopt.memory import free_memory
 from koopt.operator import fit
 from koopt.partitions import Partition, partition_of, trainable
 
@@ -445,21 +445,6 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             sources[parameter] = source.clone()
     if sources:
         torch._foreach_copy_(list(sources), list(sources.values()))  # pyright: ignore[reportPrivateImportUsage]
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on a device; None where there is no way to know."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type != "cpu":
-        return None
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        pages = "SC_AVPHYS_PAGES"
-        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages in getattr(os, "sysconf_names", {}) else None
 
 
 def _gib(size: int) -> str:

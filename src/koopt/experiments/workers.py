@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from koopt.experiments import system
-from koopt.trajectory import free_memory
+from koopt.memory import free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from koopt.live.candidates import FEWEST
-from koopt.live.handle import Live, Settings, is_attached
+from koopt.live.handle import Live, is_attached
 from koopt.live.momentum import POLICIES
+from koopt.live.settings import Settings
 from koopt.live.window import nbytes_of
+from koopt.memory import free_memory
 from koopt.partitions import trainable
-from koopt.trajectory import DTYPES, free_memory
+from koopt.trajectory import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,7 +35,8 @@ def attach(
     cycle: int = 100,
     tail: int = 30,
     momentum: str = "keep",
-    max_overhead: float = 0.03,
+    max_overhead: float = 0.06,
+    refresh: Callable[[], object] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     with_optimizer: bool = False,
@@ -57,7 +60,11 @@ def attach(
         momentum: after a jump "keep" it, "reset" it to zero, "scale" it by the square root of the loss ratio, or
             "combine" its recorded values as the weights were. L-BFGS starts anew, since it compares gradients of
             successive points.
-        max_overhead: what the guard may cost, as a share of the steps' cost; an evaluation counts as 1/3 of a step.
+        max_overhead: what recording, fits and the guard may cost, as a share of the steps. It is counted, not measured:
+            an evaluation is 1/3 of a step, the rest goes by bytes as on batches of 64; see docs/live.md.
+        refresh: called without arguments once weights are moved, to renew what depends on them, such as the statistics
+            of BatchNorm: ``lambda: torch.optim.swa_utils.update_bn(loader, model)``. A jump has to be better with them
+            too, else weights and buffers are put back. None: buffers stay as they are.
         dtype: of what is recorded; None: the parameters', at least float32.
         device: where it is kept; None: where the first parameter is.
         with_optimizer: carry koopt's state along in the optimizer's own ``state_dict()`` under "koopt".
@@ -85,6 +92,11 @@ def attach(
         raise TypeError(f"model is {type(model).__name__}, expected the torch.nn.Module that the optimizer trains")
     if guard is not None and not callable(guard):
         raise TypeError(f"guard is {type(guard).__name__}, expected a function without arguments that returns the loss")
+    if refresh is not None and not callable(refresh):
+        raise TypeError(
+            f"refresh is {type(refresh).__name__}, expected a function without arguments, such as "
+            "lambda: torch.optim.swa_utils.update_bn(loader, model)"
+        )
     for name, value, known in (("mode", mode, MODES), ("momentum", momentum, POLICIES)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
@@ -97,7 +109,7 @@ def attach(
     if window % 2:
         raise ValueError(f"window is {window}, expected an even number: its block means merge in pairs")
     if isinstance(max_overhead, bool) or not isinstance(max_overhead, Real) or not 0 <= max_overhead < math.inf:
-        raise ValueError(f"max_overhead is {max_overhead!r}, expected a share of the steps' cost >= 0, such as 0.03")
+        raise ValueError(f"max_overhead is {max_overhead!r}, expected a share of the steps' cost >= 0, such as 0.06")
     if is_attached(inner):
         raise ValueError("optimizer: koopt is attached to it already; use that handle, or detach() it first")
     named = _trained(inner, model)
@@ -118,7 +130,7 @@ def attach(
         device=place,
     )
     _require_memory(parameters, settings)
-    return Live(inner, model, named, guard, settings, with_optimizer)
+    return Live(inner, model, named, guard, refresh, settings, with_optimizer)
 
 
 def _plain(optimizer: object) -> torch.optim.Optimizer:

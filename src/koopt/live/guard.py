@@ -53,10 +53,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
     >>> model.running_mean, model.training
     (tensor([0.]), True)
     """
+    with buffers_kept(model), undisturbed(model):
+        yield
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Like :func:`untouched`, but buffers stay as they were made within."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     enabled = torch.is_grad_enabled()
-    with buffers_kept(model), _random_kept():
+    with _random_kept():
         try:
             for parameter, gradient in gradients:
                 if gradient is not None:

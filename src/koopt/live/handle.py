@@ -6,18 +6,21 @@ import contextlib
 import logging
 import math
 import time
-from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
 
-from koopt.live import evaluating, resuming
+from koopt.live import evaluating, records, resuming
 from koopt.live import momentum as moments
+from koopt.live.budget import ENOUGH, MEAN, MOST, SNAPSHOT, Costs, Schedule
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, roughness
-from koopt.live.guard import buffers_kept, measure
-from koopt.live.jumps import MOST, Found, Jump, Schedule, search
+from koopt.live.guard import buffers_kept, measure, undisturbed
+from koopt.live.jumps import Found, search
+from koopt.live.refreshing import refreshed, write_buffers
+from koopt.live.skipping import moving, skipped
+from koopt.live.weights import Weights
 from koopt.live.window import BlockMeans, Snapshots
 
 if TYPE_CHECKING:
@@ -26,37 +29,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from koopt.live.jumps import Jump
+    from koopt.live.settings import Settings
+
 KEY = "koopt"  # in the optimizer's own state dict, where asked for
-SCHEDULED = ("due", "wait", "evaluations")
+SCHEDULED = ("due", "wait", "began", "spent")
 log = logging.getLogger("koopt")
 _attached: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
 def is_attached(optimizer: torch.optim.Optimizer) -> bool:
     return optimizer in _attached
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What :func:`koopt.attach` was asked for, checked there."""
-
-    mode: str
-    window: int
-    cycle: int
-    tail: int
-    momentum: str
-    max_overhead: float
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def snapshots(self) -> int:
-        """How many snapshots of single steps are held, those of momentum too."""
-        return 0 if self.mode == "forecast" else self.tail * (2 if self.momentum == "combine" else 1)
-
-    @property
-    def means(self) -> int:
-        return 0 if self.mode == "jump" else self.window
 
 
 class Live:
@@ -76,23 +59,28 @@ class Live:
         self,
         optimizer: torch.optim.Optimizer,
         model: nn.Module,
-        named: dict[str, nn.Parameter],
+        named: Mapping[str, nn.Parameter],
         guard: Callable[[], object] | None,
+        refresh: Callable[[], object] | None,
         settings: Settings,
         with_optimizer: bool,
     ) -> None:
-        self._optimizer, self._model, self._guard, self._settings = optimizer, model, guard, settings
-        self._named, self._parameters = named, list[Any](named.values())
-        place = settings.dtype, settings.device
-        self._tail = Snapshots(self._parameters, settings.tail, *place) if settings.snapshots else None
+        self._optimizer, self._model, self._settings = optimizer, model, settings
+        self._guard, self._refresh, self._weights = guard, refresh, Weights(named)
+        recorded, place = self._weights.parameters, (settings.dtype, settings.device)
+        self._tail = Snapshots(recorded, settings.tail, *place) if settings.snapshots else None
         combine = settings.snapshots > settings.tail
-        self._momenta = Snapshots(self._parameters, settings.tail, *place) if combine else None
-        self._means = BlockMeans(self._parameters, settings.window, *place) if settings.means else None
-        self._schedule = Schedule(settings.cycle, settings.max_overhead)
+        self._momenta = Snapshots(recorded, settings.tail, *place) if combine else None
+        self._means = BlockMeans(recorded, settings.window, *place) if settings.means else None
+        window = 0 if self._tail is None else self._tail.nbytes
+        costs = Costs.of(sum(parameter.nbytes for parameter in recorded), window)
+        self._schedule = Schedule(settings.cycle, settings.max_overhead, costs)
+        self._recording = settings.snapshots * SNAPSHOT  # what the snapshots for one attempt cost
         self._choice = Choice()
+        self._taste = evaluating.Taste()
         self._callbacks: list[Callable[[Jump], object]] = []
         self._sound = False  # whether the guard has ever been finite
-        self._held: str | None = None  # who holds the weights, while they are not the trained ones
+        self._evaluations = 0  # in the attempt that goes on
         self.steps = 0
         self.jumps: list[Jump] = []
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
@@ -114,9 +102,9 @@ class Live:
     def forecast(self, steps: float | None = None) -> dict[str, Tensor]:
         """Better weights than the last ones, for evaluation; training is not touched.
 
-        With a guard the best of all candidates by the guard, outside the budget. Without one a fixed rule: the average
-        of the last quarter of the run until there are 28 block means, then a Koopman operator of rank 2 on the last
-        three quarters of them, a third of these ahead.
+        Without a guard a fixed rule: half an average, half a double average. With one, five blends of averages,
+        operators and lines are evaluated at each call, and the one that did best so far is taken: six evaluations,
+        outside the budget. It is never worse by the guard than the weights as they are.
 
         Args:
             steps: optimizer steps ahead, by the operator; None: as far as is best.
@@ -135,14 +123,13 @@ class Live:
         >>> torch.equal(koop.forecast()["weight"], model.weight)
         True
         """
-        return dict(zip(self._named, self._forecast(steps), strict=True))
+        return dict(zip(self._weights.named, self._forecast(steps), strict=True))
 
     @contextlib.contextmanager
     def forecast_weights(self, steps: float | None = None) -> Iterator[None]:
         """The forecast in the model, for validation or export; afterwards weights and buffers are bitwise as before.
 
-        BatchNorm statistics are kept as they are; ``torch.optim.swa_utils.update_bn(loader, model)`` within renews them
-        for the forecast.
+        BatchNorm statistics are those of the trained weights, or what the `refresh` of :func:`koopt.attach` makes.
 
         Args:
             steps: as in :meth:`forecast`.
@@ -156,8 +143,11 @@ class Live:
         ...     validated = model(torch.ones(1, 1))
         """
         weights = self._forecast(steps)
-        with self._holding("forecast_weights()"), buffers_kept(self._model):
-            self._write(weights)
+        with self._weights.holding("forecast_weights()"), buffers_kept(self._model):
+            self._weights.write(weights)
+            if self._refresh is not None:
+                with undisturbed(self._model):
+                    self._refresh()
             yield
 
     def jump(self) -> Jump:
@@ -225,7 +215,8 @@ class Live:
         state: dict[str, Any] = {"settings": self._compared(), "steps": self.steps, "sound": self._sound}
         state |= {name: getattr(self._schedule, name) for name in SCHEDULED}
         state |= {name: part.state_dict() for name, part in self._parts().items()}
-        return state | {"choice": self._choice.state_dict(), "jumps": resuming.as_text(self.jumps)}
+        learnt = {"choice": self._choice.state_dict(), "taste": self._taste.state_dict()}
+        return state | learnt | {"jumps": records.as_text(self.jumps)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`; refused, with nothing changed, if it belongs to another setting or model.
@@ -237,10 +228,11 @@ class Live:
             ValueError: naming the setting that differs, or what is missing or malformed.
         """
         resuming.require_fits(state, self.state_dict())
-        jumps = resuming.from_text(state["jumps"])
+        jumps = records.from_text(state["jumps"])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self._choice.load_state_dict(state["choice"])
+        self._taste.load_state_dict(state["taste"])
         for name in SCHEDULED:
             setattr(self._schedule, name, state[name])
         self.steps, self._sound, self.jumps = state["steps"], state["sound"], jumps
@@ -249,7 +241,7 @@ class Live:
         """What has to be the same in a resumed run."""
         settings = self._settings
         own = {"mode": settings.mode, "window": settings.window, "tail": settings.tail, "dtype": str(settings.dtype)}
-        shapes = {name: list(parameter.shape) for name, parameter in self._named.items()}
+        shapes = {name: list(parameter.shape) for name, parameter in self._weights.named.items()}
         return own | {"combine": settings.momentum == "combine", "shapes": shapes}
 
     def _parts(self) -> dict[str, Snapshots | BlockMeans]:
@@ -265,37 +257,53 @@ class Live:
         return {name: value for name, value in state.items() if name != KEY}
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._held is not None:
+        if self._weights.holder is not None:
             raise RuntimeError(
-                f"optimizer.step() within {self._held}: the weights are not the trained ones there; step outside of it"
+                f"optimizer.step() within {self._weights.holder}: the weights are not the trained ones there; "
+                "step outside of it"
             )
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if _skipped(optimizer):
+        if skipped(optimizer):
             return
         self.steps += 1
-        if self._means is not None:
-            self._means.add(self._parameters)
-        if self._tail is None:
+        # while jumps are accepted an average would be cleared by the next one
+        if self._means is not None and not (self.jumps and self.jumps[-1].accepted):
+            self._means.add(self._weights.parameters)
+            self._schedule.spent += MEAN / self._means.stride
+        if self._tail is not None:
+            self._toward_jump(self._tail)
+
+    def _toward_jump(self, tail: Snapshots) -> None:
+        """Record the last steps before the attempt that is due, and make it, as far as the budget allows."""
+        schedule, length = self._schedule, self._settings.tail
+        left = schedule.due - self.steps
+        if left >= length:
             return
-        if self._schedule.due - self.steps < self._settings.tail:
-            self._tail.add(self._parameters)
-            if self._momenta is not None:
-                self._momenta.add(moments.recorded(optimizer, self._parameters))
-        if self.steps >= self._schedule.due:
-            self._jump(self._schedule.allowed(self.steps))
+        if left == length - 1 and not schedule.afford(self._recording):
+            if not self.jumps or not self.jumps[-1].reason.startswith("budget"):
+                why = f"budget: max_overhead={schedule.max_overhead:g} does not allow {ENOUGH} evaluations yet"
+                self._tell(Found(why), 0, time.perf_counter())
+            return
+        tail.add(self._weights.parameters)
+        if self._momenta is not None:
+            self._momenta.add(moments.recorded(self._optimizer, self._weights.parameters))
+        schedule.spent += self._recording / length
+        if left <= 0:
+            self._jump(schedule.allowed(self.steps))
 
     def _jump(self, allowed: int) -> Jump:
-        self._require_free()
+        self._weights.require_free()
         if self._tail is None:
             raise ValueError('jump: mode is "forecast"; attach with a guard and mode "auto" or "jump"')
-        started, used = time.perf_counter(), self._schedule.evaluations
+        started, self._evaluations = time.perf_counter(), 0
         self._schedule.start(self.steps)
         snapshots = self._tail.ordered()
+        moved = moving(self._optimizer, snapshots)
         try:
-            found = self._attempt(snapshots, allowed)
+            found, buffers = self._attempt(snapshots[moved] if len(moved) < len(snapshots) else snapshots, allowed)
             if found.weights is not None:
-                self._move(found)
+                self._move(found, buffers, moved)
                 self._schedule.succeed(self.steps)
                 if self._means is not None:
                     self._means.clear()  # an average across a jump is of no use
@@ -303,115 +311,89 @@ class Live:
             for part in (self._tail, self._momenta):
                 if part is not None:
                     part.clear()
-        candidate = found.candidate
-        jump = Jump(
-            step=self.steps,
-            forecaster=None if candidate is None else candidate.method,
-            rank=None if candidate is None else candidate.rank,
-            horizon=None if candidate is None else candidate.horizon * (len(snapshots) - 1),
-            before=found.before,
-            after=found.after,
-            accepted=found.weights is not None,
-            reason=found.reason,
-            evaluations=self._schedule.evaluations - used,
-            seconds=time.perf_counter() - started,
-        )
+        return self._tell(found, self._evaluations, started)
+
+    def _tell(self, found: Found, evaluations: int, started: float) -> Jump:
+        """Keep the record of an attempt, and pass it on."""
+        jump = records.record(found, self.steps, evaluations, time.perf_counter() - started)
         self.jumps.append(jump)
         log.log(logging.INFO if jump.accepted else logging.DEBUG, "%s", jump)
         for callback in self._callbacks:
             callback(jump)
         return jump
 
-    def _attempt(self, snapshots: Tensor, allowed: int) -> Found:
+    def _attempt(self, snapshots: Tensor, allowed: int) -> tuple[Found, Mapping[str, Tensor]]:
+        """What is best, and with which buffers, where they were renewed; the weights are as before."""
         if len(snapshots) < FEWEST:
-            return Found(f"too few snapshots: {len(snapshots)} recent steps are recorded, {FEWEST} are needed")
-        if allowed < 2:
-            return Found(f"budget: max_overhead={self._settings.max_overhead:g} allows no candidate yet")
+            return Found(f"too few snapshots: {len(snapshots)} recent steps are recorded, {FEWEST} are needed"), {}
+        extra = 1 if self._refresh is None else 2  # evaluations that try no candidate
+        if allowed <= extra:
+            return Found(f"budget: max_overhead={self._settings.max_overhead:g} allows no candidate yet"), {}
         if self._settings.mode == "auto":
             rough = roughness(snapshots)
             if rough > NOISE:
-                return Found(f"noise: one step ahead a forecast misses {rough:.2g} of an increment")
+                return Found(f"noise: one step ahead a forecast misses {rough:.2g} of an increment"), {}
+        self._schedule.spent += self._schedule.costs.fit
         proposer = Proposer(snapshots)
         if not bool(proposer.path.isfinite().all()):
-            return Found("the recorded weights hold NaN or Inf")
-        with self._holding("a jump's guard") as saved:
+            return Found("the recorded weights hold NaN or Inf"), {}
+        with self._weights.holding("a jump's guard") as saved:
             before = self._measure(saved)
             if not math.isfinite(before):
                 if not self._sound:
                     raise ValueError(f"guard returned {before} at the weights as they are, expected a finite loss")
-                return Found(f"the guard is {before} at the weights as they are")
+                return Found(f"the guard is {before} at the weights as they are"), {}
             self._sound = True
-            return search(proposer, self._choice, saved, before, allowed - 1, self._measure)
+            found = search(proposer, self._choice, saved, before, allowed - extra, self._measure)
+            if found.weights is None or self._refresh is None:
+                return found, {}
+            self._weights.write(found.weights)
+            with buffers_kept(self._model):
+                buffers = refreshed(self._refresh, self._model)
+                after = self._measure(found.weights)
+        found = found._replace(after=after)
+        if after < before:
+            return found, buffers
+        return found._replace(weights=None, reason="with its buffers refreshed the best candidate was not better"), {}
 
-    def _move(self, found: Found) -> None:
+    def _move(self, found: Found, buffers: Mapping[str, Tensor], moved: list[int]) -> None:
         assert found.weights is not None
         assert found.before is not None
         assert found.after is not None
         assert found.coefficients is not None
-        self._write(found.weights)
-        policy, optimizer, parameters = self._settings.momentum, self._optimizer, self._parameters
+        self._weights.write(found.weights)
+        write_buffers(self._model, buffers)
+        policy, optimizer, parameters = self._settings.momentum, self._optimizer, self._weights.parameters
         if policy == "reset":
             moments.scale(optimizer, parameters, 0.0)
         elif policy == "scale":  # as gradients shrink near a minimum, where the loss is their square
             ratio = found.after / found.before if found.before > 0 else 0.0
             moments.scale(optimizer, parameters, math.sqrt(max(ratio, 0.0)))
         elif self._momenta is not None:
-            moments.combine(optimizer, parameters, self._momenta.ordered(), found.coefficients)
+            moments.combine(optimizer, parameters, self._momenta.ordered()[moved], found.coefficients)
         moments.restart_curvature(optimizer)
 
     def _forecast(self, steps: float | None) -> list[Tensor]:
-        self._require_free()
+        self._weights.require_free()
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, Real)):
             raise TypeError(f"steps is {steps!r}, expected a number of optimizer steps, or None")
         if steps is not None and not 0 <= steps < math.inf:
             raise ValueError(f"steps is {steps}, expected optimizer steps >= 0, finite")
-        now = dict(self._model.named_parameters())
-        for name, parameter in self._named.items():
-            if now.get(name) is not parameter:
-                raise ValueError(f"model: {name!r} was replaced after attach(); detach(), and attach again")
+        self._weights.require_in(self._model)
         window = self._tail if self._means is None else self._means
         assert window is not None
-        with self._holding("a forecast's guard") as saved:
+        with self._weights.holding("a forecast's guard") as saved:
             if steps is None and self._guard is not None:
-                return evaluating.by_guard(window, saved, self._loss_at)
+                return evaluating.by_guard(window, saved, self._loss_at, self._taste, self.steps)
             return evaluating.by_rule(window, steps, saved)
 
     def _measure(self, weights: Sequence[Tensor]) -> float:
         """The guard's loss at weights, counted."""
-        self._schedule.evaluations += 1
+        self._evaluations += 1
+        self._schedule.spent += self._schedule.costs.candidate
         return self._loss_at(weights)
 
     def _loss_at(self, weights: Sequence[Tensor]) -> float:
         assert self._guard is not None
-        self._write(weights)
+        self._weights.write(weights)
         return measure(self._guard, self._model)
-
-    @contextlib.contextmanager
-    def _holding(self, who: str) -> Iterator[list[Tensor]]:
-        """The weights may be changed within; whatever happens, they are put back."""
-        saved = [parameter.detach().clone() for parameter in self._parameters]
-        self._held = who
-        try:
-            yield saved
-        finally:
-            self._write(saved)
-            self._held = None
-
-    @torch.no_grad()
-    def _write(self, weights: Sequence[Tensor]) -> None:
-        # one call, which Ctrl-C cannot cut in two
-        torch._foreach_copy_(self._parameters, list(weights))  # pyright: ignore[reportPrivateImportUsage]
-
-    def _require_free(self) -> None:
-        if self._held is not None:
-            raise RuntimeError(f"the weights are held by {self._held}, and not the trained ones there; leave it first")
-
-
-def _skipped(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step that was just called moved nothing by design."""
-    found = getattr(optimizer, "found_inf", None)  # a fused optimizer skips inside, under GradScaler
-    if found is not None and bool(found):
-        return True
-    # torch.distributed.checkpoint takes one such step to create the optimizer's state
-    rates = [group.get("lr") for group in optimizer.param_groups]
-    return all(not (isinstance(lr, torch.Tensor) and lr.device.type != "cpu") and lr == 0 for lr in rates)

@@ -1,4 +1,4 @@
-"""Jumps in a live run: when one is tried, which candidate is kept, and the record of it."""
+"""Jumps in a live run: which candidate is kept, and the record of it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-GUARD_COST = 1 / 3  # of an optimizer step: a forward pass, where a step is a forward and a backward one
-MOST = 16  # evaluations in one attempt
-PATIENCE = 16  # the longest wait between attempts, in cycles
+ADDED = 2  # evaluations kept for sums of moves: families see different motion, and what they bring often adds up
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,8 @@ class Jump:
     Attributes:
         step: optimizer steps recorded until then.
         forecaster, rank, horizon: of the best candidate, its horizon in optimizer steps (infinite: the fixed point);
-            None if none was evaluated.
+            None if none was evaluated. A sum of moves names all forecasters, as "koopman + line", the others are of the
+            first.
         before, after: the guard's loss at the weights as they were and at the best candidate; None if not evaluated.
         accepted: whether the weights were moved; if not, they are bitwise as they were.
         reason: "better", or why they were not moved.
@@ -49,47 +48,6 @@ class Jump:
     seconds: float
 
 
-@dataclass
-class Schedule:
-    """When the next attempt is due, and how many evaluations it may cost: counted, never measured in seconds.
-
-    Args:
-        cycle: optimizer steps between attempts; after each one that failed twice as many, up to 16 cycles.
-        max_overhead: evaluations allowed, as a share of the steps' cost.
-
-    >>> schedule = Schedule(cycle=100, max_overhead=0.03)
-    >>> schedule.allowed(100)
-    9
-    >>> schedule.start(100)
-    >>> schedule.due
-    300
-    """
-
-    cycle: int
-    max_overhead: float
-    due: int = 0
-    wait: int = 0
-    evaluations: int = 0
-
-    def __post_init__(self) -> None:
-        self.due = self.due or self.cycle
-        self.wait = self.wait or self.cycle
-
-    def allowed(self, steps: int) -> int:
-        """How many evaluations an attempt may make now."""
-        # the small amount is for products such as 0.29 * 100, which fall short of a whole number
-        return min(math.floor(self.max_overhead * steps / GUARD_COST + 1e-9) - self.evaluations, MOST)
-
-    def start(self, steps: int) -> None:
-        """An attempt begins, which counts as failed until it has succeeded."""
-        self.wait = min(2 * self.wait, PATIENCE * self.cycle)
-        self.due = steps + self.wait
-
-    def succeed(self, steps: int) -> None:
-        self.wait = self.cycle
-        self.due = steps + self.cycle
-
-
 class Found(NamedTuple):
     """The best candidate of an attempt; no weights where it is not to be taken."""
 
@@ -111,8 +69,8 @@ def search(
 ) -> Found:
     """Evaluate a few candidates and take the best if it is strictly better than the weights as they are.
 
-    Half of the evaluations go to families at the horizons that were best for them; the others double or halve the
-    horizon of the best ones as long as that lowers the loss.
+    Half of the evaluations go to families at the horizons that were best for them; others double or halve the horizon
+    of the best ones as long as that lowers the loss. The last two add the next best moves to the best one.
 
     Args:
         proposer: over the recorded steps, the last of which is now.
@@ -123,39 +81,58 @@ def search(
         evaluate: the loss at other weights.
     """
     best = Found("no candidate was better", before)
-    reached: dict[int, tuple[float, float]] = {}  # family: its lowest loss, and at which horizon
+    reached: dict[int, tuple[float, float, Tensor | None]] = {}  # family: its lowest loss, where, and the coefficients
     left = count
+
+    def loss_of(candidate: Candidate, coefficients: Tensor | None) -> float:
+        """Infinite where there is none, and NaN is as bad as that."""
+        nonlocal best, left
+        weights = None if coefficients is None else moved(saved, proposer.snapshots, coefficients)
+        if weights is None:
+            return math.inf
+        left -= 1
+        loss = evaluate(weights)
+        if loss < (math.inf if best.after is None else best.after):
+            best = Found(best.reason, before, loss, candidate, coefficients, weights)
+        return loss if loss < math.inf else math.inf
 
     def lower(index: int, horizon: float) -> bool:
         """Whether a family does better at this horizon than it did so far."""
-        nonlocal best, left
         if math.isfinite(horizon):
             horizon = round(horizon * (proposer.time - 1)) / (proposer.time - 1)  # whole steps
         candidate = FAMILIES[index]._replace(horizon=horizon)
         coefficients = proposer.coefficients(candidate)
-        weights = None if coefficients is None else moved(saved, proposer.snapshots, coefficients)
-        loss = math.inf
-        if weights is not None:
-            left -= 1
-            loss = evaluate(weights)
+        loss = loss_of(candidate, coefficients)
         if index in reached and not loss < reached[index][0]:
             return False
-        reached[index] = (loss if loss < math.inf else math.inf, horizon)  # NaN is as bad as Inf
-        if loss < (math.inf if best.after is None else best.after):
-            best = Found(best.reason, before, loss, candidate, coefficients, weights)
+        reached[index] = loss, horizon, coefficients
         return True
+
+    def spare() -> bool:
+        """Whether evaluations are left for horizons; once something is better, not those for sums."""
+        better = best.after is not None and best.after < before
+        return left > (ADDED if better and count > 2 * ADDED else 0)
 
     for index in choice.pick(math.ceil(count / 2)):
         lower(index, choice.horizons[index])
     for index in sorted(reached, key=lambda i: reached[i][0]):
         for factor in (2.0, 0.5):
             start = reached[index][1]
-            while left and SHORTEST <= reached[index][1] * factor <= LONGEST:
+            while spare() and SHORTEST <= reached[index][1] * factor <= LONGEST:
                 if not lower(index, reached[index][1] * factor):
                     break
             if reached[index][1] != start:
                 break
-    for index, (loss, horizon) in reached.items():
+    for index in sorted(reached, key=lambda i: reached[i][0]):
+        loss, _, coefficients = reached[index]
+        if not left or coefficients is None or best.candidate is None or best.coefficients is None or not loss < before:
+            break
+        if coefficients is not best.coefficients:
+            together = best.coefficients + coefficients
+            together[-1] -= 1.0
+            names = f"{best.candidate.method} + {FAMILIES[index].method}"
+            loss_of(best.candidate._replace(method=names), together)
+    for index, (loss, horizon, _) in reached.items():
         choice.learn(index, gain(before, loss), horizon)
     if best.after is not None and best.after < before:
         return best._replace(reason="better")

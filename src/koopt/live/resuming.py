@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from koopt.live.jumps import Jump
-
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 ASK = "pass what state_dict() returned"
 
@@ -42,27 +39,6 @@ def require_fits(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     _require_like(state, own, "state")
 
 
-def as_text(jumps: Sequence[Jump]) -> str:
-    """Records as one JSON text: a distributed checkpoint takes lists apart, and loads only as many as before.
-
-    >>> as_text([])
-    '[]'
-    """
-    return json.dumps([asdict(jump) for jump in jumps])
-
-
-def from_text(text: str) -> list[Jump]:
-    """What :func:`as_text` wrote; errors name the state.
-
-    >>> from_text("[]")
-    []
-    """
-    try:
-        return [Jump(**record) for record in json.loads(text)]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"state['jumps'] is {text!r:.80}, expected the records of jumps as JSON; {ASK}") from error
-
-
 def _require_like(given: Any, own: Any, where: str) -> None:
     """The same keys, shapes, dtypes and kinds of numbers."""
     if isinstance(own, dict):
@@ -75,8 +51,8 @@ def _require_like(given: Any, own: Any, where: str) -> None:
         found = (tuple(given.shape), given.dtype) if isinstance(given, torch.Tensor) else type(given).__name__
         if found != (tuple(own.shape), own.dtype):
             raise ValueError(f"{where} is {found}, expected {(tuple(own.shape), own.dtype)}; {ASK}")
-    elif isinstance(own, int):
-        if type(given) is not type(own) or given < 0:
+    elif isinstance(own, (int, float)):
+        if type(given) is not type(own) or not 0 <= given < math.inf:
             raise ValueError(f"{where} is {given!r}, expected {type(own).__name__} >= 0; {ASK}")
     elif isinstance(own, list) and (not isinstance(given, list) or len(given) != len(own)):  # one number a family
         raise ValueError(f"{where} does not fit this version of koopt; {ASK}")

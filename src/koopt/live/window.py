@@ -116,6 +116,22 @@ class BlockMeans:
         """The means in order of time, a view."""
         return self.rows[: self.held]
 
+    @torch.no_grad()
+    def with_open(self) -> Float[Tensor, "time state"]:
+        """The means and, once half of the next block has passed, the mean of what there is of it: a view.
+
+        >>> means = BlockMeans([torch.tensor([1.0])], 4, torch.float32, torch.device("cpu"))
+        >>> for value in (1.0, 2.0, 3.0, 4.0, 9.0):
+        ...     means.add([torch.tensor([value])])
+        >>> means.with_open().flatten()
+        tensor([1.5000, 3.5000, 9.0000])
+        """
+        added = self.open // self.stride
+        if not added or 2 * self.open < self.block:
+            return self.ordered()
+        torch.div(self.sum, added, out=self.rows[self.held])  # the last row is free until this block is full
+        return self.rows[: self.held + 1]
+
     @property
     def age(self) -> float:
         """Steps since the middle of the last mean."""

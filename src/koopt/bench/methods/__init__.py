@@ -17,6 +17,7 @@ _ALL: tuple[Trainer | Observer, ...] = (
     Trainer("schedule-free", training.start_schedule_free, training.schedule_free_settings, training.MOMENTA),
     Trainer("soap", training.start_soap, training.soap_settings, training.SOAPS, full_batch=True),
     Trainer("lbfgs", quasi_newton.start, quasi_newton.settings, full_batch=True),
+    Trainer("scaled-lbfgs", quasi_newton.start_scaled, quasi_newton.settings, full_batch=True),
     Trainer("line", jumping.start_line, training.searched, jumping.LINES, guard=True, full_batch=True),
     Trainer("anderson", jumping.start_anderson, training.searched, jumping.ANDERSONS, guard=True, full_batch=True),
     # in noisy training jumps do harm: copies for evaluation

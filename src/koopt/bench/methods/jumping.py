@@ -9,9 +9,9 @@ import torch
 
 from koopt import forecasters
 from koopt.bench.methods.training import Counted, start_plain, weights_kept, weights_of, write
+from koopt.live.budget import Schedule
 from koopt.live.candidates import LONGEST, SHORTEST, moved
 from koopt.live.guard import measure
-from koopt.live.jumps import Schedule
 from koopt.live.window import Snapshots
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from koopt.bench.methods.training import Run, weights_of
+from koopt.bench.scaled_lbfgs import ScaledLBFGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from koopt.bench.task import Problem, Task
 
 TRIES = 25  # closure calls of one line search at most, torch's own default
-HISTORIES = (5, 10, 20, 50, 100)
+HISTORIES = (10, 30, 100, 200, 400)
 
 
 def settings(task: Task) -> list[dict[str, Any]]:
@@ -43,6 +44,11 @@ def start(problem: Problem, setting: Mapping[str, Any], steps: int) -> Run:
             optimizer.state.clear()
 
     return Run(problem.model, optimizer, after=restart_if_stuck, around=memory.around)
+
+
+def start_scaled(problem: Problem, setting: Mapping[str, Any], steps: int) -> Run:
+    """:class:`koopt.bench.scaled_lbfgs.ScaledLBFGS`."""
+    return Run(problem.model, ScaledLBFGS(problem.model.parameters(), setting["history"]))
 
 
 class Memory:

@@ -1,0 +1,94 @@
+"""When a jump is tried, and what koopt costs beside a run: counted in optimizer steps, never measured in seconds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# of an optimizer step, as benchmarks/live_recording.py finds them for networks of 100 to a million weights
+GUARD = 1 / 3  # a forward pass, where a step is a forward and a backward one
+SNAPSHOT, MEAN = 1 / 32, 1 / 64  # to record one, or to add the weights to a mean
+# bytes that a step on a batch of 64 counts as: its calls, and how often it goes through the parameters
+CALLS, PASSES = 2**22, 4
+FIT = 6  # how often a fit goes through the recorded window; a candidate does once
+MOST, ENOUGH = 16, 6  # evaluations in one attempt; with fewer it is not worth its fit
+PATIENCE = 16  # the longest wait between attempts that fail, in cycles,
+SELDOM = 0.2  # or until they take this share of the budget
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What an attempt costs, in optimizer steps.
+
+    Attributes:
+        fit: once.
+        candidate: each one, its evaluation with it.
+
+    >>> costs = Costs.of(parameters=0, window=0)
+    >>> costs.fit, round(costs.candidate, 3)
+    (0.0, 0.333)
+    """
+
+    fit: float = 0.0
+    candidate: float = GUARD
+
+    @classmethod
+    def of(cls, parameters: int, window: int) -> Costs:
+        """For so many bytes of parameters and of recorded snapshots."""
+        step = CALLS + PASSES * parameters
+        return cls(FIT * window / step, GUARD + window / step)
+
+
+@dataclass
+class Schedule:
+    """When the next attempt is due, and how many evaluations it may make.
+
+    Args:
+        cycle: optimizer steps between attempts; after one that failed twice as many as before it, up to 16 cycles, or
+            until attempts take a fifth of the budget.
+        max_overhead: what recording, fits and evaluations may cost, as a share of the steps.
+        costs: of an attempt.
+
+    >>> schedule = Schedule(cycle=100, max_overhead=0.03)
+    >>> schedule.allowed(100)
+    9
+    >>> schedule.start(100)
+    >>> schedule.due
+    300
+    """
+
+    cycle: int
+    max_overhead: float
+    costs: Costs = Costs()
+    due: int = 0
+    wait: int = 0
+    began: int = 0
+    spent: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.due = self.due or self.cycle
+        self.wait = self.wait or self.cycle
+
+    def allowed(self, steps: int, ahead: float = 0.0) -> int:
+        """How many evaluations an attempt may make at a step, if `ahead` is spent until then."""
+        left = self.max_overhead * steps - self.spent - ahead - self.costs.fit
+        # the small amount is for products such as 0.29 * 100, which fall short of a whole number
+        return min(math.floor(left / self.costs.candidate + 1e-9), MOST)
+
+    def afford(self, ahead: float) -> bool:
+        """Whether the budget allows the attempt that is due, `ahead` spent until then; if not, it waits a cycle."""
+        affordable = self.allowed(self.due, ahead) >= ENOUGH
+        if not affordable:
+            self.due += self.cycle
+        return affordable
+
+    def start(self, steps: int) -> None:
+        """An attempt begins, which counts as failed until it has succeeded."""
+        whole = self.costs.fit + MOST * self.costs.candidate
+        seldom = whole / (SELDOM * self.max_overhead) if self.max_overhead else 0.0
+        self.wait = min(2 * max(self.wait, steps - self.began), max(PATIENCE * self.cycle, math.ceil(seldom)))
+        self.began, self.due = steps, steps + self.wait
+
+    def succeed(self, steps: int) -> None:
+        self.wait = self.cycle
+        self.due = steps + self.cycle

@@ -1,0 +1,39 @@
+"""Steps of an optimizer that moved nothing, which are not recorded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+def skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step that was just called moved nothing by design.
+
+    Under GradScaler a fused optimizer skips inside, by a flag. On an accelerator reading it would stop the queue of
+    kernels at each step, so there such a step is recorded, and left out by :func:`moving`.
+
+    >>> skipped(torch.optim.SGD([torch.zeros(1)], lr=0.0))
+    True
+    """
+    found = getattr(optimizer, "found_inf", None)
+    if isinstance(found, torch.Tensor) and found.device.type == "cpu" and bool(found):
+        return True
+    # torch.distributed.checkpoint takes one step at rate 0 to create the optimizer's state
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if (isinstance(rate, torch.Tensor) and rate.device.type != "cpu") or rate != 0:
+            return False
+    return True
+
+
+def moving(optimizer: torch.optim.Optimizer, snapshots: Float[Tensor, "time state"]) -> list[int]:
+    """Which snapshots are of steps that moved something; called within a step, while the flag is there."""
+    found = getattr(optimizer, "found_inf", None)
+    if not isinstance(found, torch.Tensor) or found.device.type == "cpu":
+        return list(range(len(snapshots)))
+    return [i for i in range(len(snapshots)) if i == 0 or not torch.equal(snapshots[i], snapshots[i - 1])]

@@ -1,0 +1,68 @@
+"""What jumps are chosen from."""
+
+import math
+
+import pytest
+import torch
+
+from koopt.live.candidates import FAMILIES, Choice, Proposer, combined, moved, roughness
+
+
+def test_roughness_of_what_is_known():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(31, 200, generator=generator, dtype=torch.float64)
+    assert roughness(noise.cumsum(dim=0)) > 0.9  # increments that nothing forecasts
+    heavy = torch.zeros(31, 200, dtype=torch.float64)
+    for i in range(1, 31):
+        heavy[i] = 0.9 * heavy[i - 1] + noise[i]
+    assert roughness(heavy.cumsum(dim=0)[5:]) > 0.3  # momentum
+    turning = torch.stack([0.9 ** torch.arange(30.0) * torch.cos(2.5 * torch.arange(30.0) + a) for a in (0, 1)], dim=1)
+    assert roughness(turning) < 1e-6  # oscillation is not noise
+    assert roughness(torch.zeros(30, 3)) == 0
+    assert math.isnan(roughness(torch.full((30, 3), math.nan)))
+    wide = torch.randn(12, 20_000, generator=generator).cumsum(dim=0)
+    assert roughness(wide) == pytest.approx(roughness(wide[:, ::5]))
+
+
+def test_choice_repeats_what_gained_and_tries_all_in_turn():
+    choice = Choice()
+    tried = set()
+    for _ in range(12):
+        picked = choice.pick(3)
+        assert len(set(picked)) == 3
+        tried |= set(picked)
+        for index in picked:
+            choice.learn(index, 0.5 if index in (2, 4) else -0.1, 1.0)
+    assert tried == set(range(len(FAMILIES)))
+    assert set(choice.pick(3)[:2]) == {2, 4}
+
+
+def test_combinations_against_dense_algebra():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    now = [rows[-1, :3].reshape(3, 1).clone(), rows[-1, 3:].float()]
+    coefficients = torch.tensor([0.5, -1.0, 0.0, 0.25, 1.25], dtype=torch.float64)
+    for found in (moved(now, rows, coefficients), combined(now, rows, coefficients)):
+        torch.testing.assert_close(found[0].flatten(), (coefficients @ rows)[:3])
+        torch.testing.assert_close(found[1], (coefficients @ rows)[3:].float())
+    assert combined([now[0].half()], torch.full((2, 3), 6e4), torch.ones(2, dtype=torch.float64)) is None
+
+
+def test_the_small_factor_keeps_all_distances():
+    generator = torch.Generator().manual_seed(0)
+    rows = (100 + torch.randn(9, 40, generator=generator)).cumsum(dim=0).double()
+    path = Proposer(rows).path
+    assert torch.equal(path[-1], torch.zeros(8, dtype=torch.float64))
+    torch.testing.assert_close(torch.cdist(path, path), torch.cdist(rows, rows), rtol=1e-9, atol=1e-6)
+
+
+def test_every_candidate_continues_a_line_or_stays():
+    """On a straight line all forecasters agree on where it leads."""
+    window = torch.arange(30.0, dtype=torch.float64)[:, None] * torch.tensor([1.0, -2.0], dtype=torch.float64)
+    proposer = Proposer(window)
+    for candidate in FAMILIES:
+        coefficients = proposer.coefficients(candidate)
+        if candidate.method in ("anderson", "mean") or math.isinf(candidate.horizon):
+            continue
+        assert coefficients.sum().item() == pytest.approx(1.0)
+        torch.testing.assert_close(coefficients @ window, window[-1] * (1 + candidate.horizon), rtol=1e-6, atol=0)

@@ -1,0 +1,288 @@
+"""Jumps: when they are tried, where they land, what is refused."""
+
+import math
+
+import pytest
+import torch
+from live_tasks import LOOPS, STATEFUL, Bowl, Task, adam, sgd
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import koopt
+from koopt.live.budget import Costs, Schedule
+from koopt.live.candidates import FAMILIES, Choice, Proposer
+from koopt.live.jumps import search
+
+
+def test_a_jump_lands_where_a_linear_system_would():
+    bowl = Bowl(cycle=40, tail=20, max_overhead=1.0)
+    for _ in range(40):
+        bowl.step()
+    (jump,) = bowl.koop.jumps
+    assert jump.accepted
+    assert (jump.step, jump.evaluations, jump.before) == (
+        40,
+        16,
+        pytest.approx(0.1 * 0.96**80 + 0.02 * 0.992**80, rel=1e-6),
+    )
+    # of the horizons tried the farthest is the best here, and the operator is exact
+    assert jump.after < 0.3 * jump.before
+    assert jump.after == bowl.loss().item()
+
+
+def test_nothing_but_a_strictly_better_loss_is_accepted():
+    for change in (0.0, 1.0, math.nan, math.inf):
+        calls = []
+
+        def guard(change=change, calls=calls):
+            calls.append(1)
+            return 1.0 if len(calls) == 1 else 1.0 + change
+
+        bowl = Bowl(cycle=20, tail=10, guard=guard)
+        before = None
+        for _ in range(20):
+            bowl.step()
+            before = bowl.model.weight.detach().clone() if bowl.koop.steps == 19 else before
+        after = before * (1 - 0.4 * bowl.rates)
+        torch.testing.assert_close(bowl.model.weight.detach(), after, rtol=1e-15, atol=0)
+        assert not bowl.koop.jumps[0].accepted
+        assert bowl.koop.jumps[0].reason == "no candidate was better"
+
+
+def test_weights_that_overflow_are_never_written():
+    seen = []
+    bowl = Bowl(rates=(0.1, 0.1), dtype=torch.float16, cycle=12, tail=12, max_overhead=1.0)
+
+    def guard():
+        assert bool(bowl.model.weight.isfinite().all())
+        seen.append(bowl.model.weight.detach().clone())
+        return -bowl.model.weight.abs().sum().item()  # the farther out the better
+
+    bowl.koop.detach()
+    koop = koopt.attach(bowl.optimizer, bowl.model, guard, "jump", cycle=12, tail=12, max_overhead=2.0)
+    for _ in range(12):
+        with torch.no_grad():
+            bowl.model.weight.mul_(2.3)  # to the edge of float16
+        bowl.model.weight.grad = torch.zeros_like(bowl.model.weight)
+        bowl.optimizer.step()
+    assert len(seen) > 1
+    assert bool(bowl.model.weight.isfinite().all())
+    assert koop.jumps[0].evaluations < 16  # some candidates were not even tried
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_in_the_guard_restores_the_weights_and_passes_on(error):
+    task, plain = Task(**STATEFUL), Task(**STATEFUL)
+    calls = []
+
+    def guard():
+        calls.append(1)
+        loss = task.loss()
+        if len(calls) == 3:
+            raise error
+        return loss
+
+    task.attach(guard=guard, mode="jump", cycle=20, tail=10)
+    plain.run(steps=20)
+    with pytest.raises(error):
+        task.run(steps=20)
+    assert task.bits == plain.bits
+    assert task.model[0].weight.grad is not None
+
+
+def test_the_guard_may_not_step():
+    bowl = Bowl(cycle=10, tail=6)
+    bowl.koop.detach()
+
+    def guard():
+        bowl.optimizer.step()
+        return 1.0
+
+    koopt.attach(bowl.optimizer, bowl.model, guard, "jump", cycle=10, tail=6, max_overhead=1.0)
+    with pytest.raises(RuntimeError, match=r"optimizer.step\(\) within a jump's guard"):
+        bowl.run(10)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.ones(3), r"guard returned a tensor of shape \(3,\), expected the loss .*reduce it"),
+        ("low", "guard returned 'low', expected the loss as a float or a 0-d tensor"),
+        (None, "guard returned None"),
+        (True, "guard returned True"),
+        (math.nan, "guard returned nan at the weights as they are, expected a finite loss"),
+    ],
+)
+def test_a_guard_that_returns_no_loss_is_refused_at_its_first_call(returned, message):
+    bowl = Bowl(cycle=10, tail=6, guard=lambda: returned)
+    with pytest.raises((TypeError, ValueError), match=message):
+        bowl.run(10)
+    assert bool(bowl.model.weight.isfinite().all())
+
+
+def test_a_guard_that_later_turns_nan_is_no_error():
+    losses = iter([1.0] * 2 + [math.nan] * 100)
+    bowl = Bowl(cycle=10, tail=6, guard=lambda: next(losses), max_overhead=1.0)
+    for _ in range(40):
+        bowl.step()
+    assert bowl.koop.jumps[-1].reason == "the guard is nan at the weights as they are"
+
+
+def test_attempts_grow_rare_while_they_fail_and_stay_within_the_budget():
+    bowl = Bowl(cycle=10, tail=6, guard=lambda: 1.0, max_overhead=0.3)
+    for _ in range(1000):
+        bowl.step()
+        evaluations = sum(jump.evaluations for jump in bowl.koop.jumps)
+        assert evaluations / 3 <= 0.3 * bowl.koop.steps
+    steps = [jump.step for jump in bowl.koop.jumps]
+    assert steps == [10, 30, 70, 150, 310, 470, 630, 790, 950]
+
+
+def test_the_schedule_counts_without_rounding_away():
+    schedule = Schedule(cycle=10, max_overhead=0.1)
+    assert [schedule.allowed(steps) for steps in (9, 10, 20, 1000)] == [2, 3, 6, 16]
+    schedule.spent = 1.0
+    assert schedule.allowed(20) == 3
+    assert schedule.allowed(20, ahead=0.5) == 1
+    dear = Schedule(cycle=10, max_overhead=0.1, costs=Costs(fit=4.0, candidate=2.0))
+    assert [dear.allowed(steps) for steps in (39, 60, 80, 1000)] == [-1, 1, 2, 16]
+
+
+def test_an_attempt_waits_for_its_budget_and_one_that_fails_for_its_share():
+    dear = Schedule(cycle=10, max_overhead=0.5, costs=Costs(fit=8.0, candidate=2.0))
+    steps = []
+    for _ in range(5):
+        while not dear.afford(ahead=0.0):
+            pass
+        steps.append(dear.due)
+        dear.spent += 8.0 + 2.0 * 16
+        dear.start(dear.due)
+    # 20 of 40 steps are what 6 evaluations and a fit cost; an attempt may take a fifth of the budget, 40 of 400
+    assert steps == [40, 120, 280, 600, 1000]
+    dear.succeed(1000)
+    assert dear.due == 1010
+    assert not dear.afford(ahead=500.0)
+    assert dear.due == 1020
+
+
+@pytest.mark.parametrize("weights", [100, 10_000, 1_000_000])
+def test_the_costs_of_an_attempt_go_by_bytes(weights):
+    """A candidate goes through 30 snapshots, a fit six times; a step counts as 4 MiB and four times the weights."""
+    costs = Costs.of(parameters=4 * weights, window=30 * 4 * weights)
+    step = 4 * 2**20 + 16 * weights
+    assert costs.fit == pytest.approx(6 * 120 * weights / step)
+    assert costs.candidate == pytest.approx(1 / 3 + 120 * weights / step)
+
+
+def test_a_larger_network_is_tried_less_often():
+    steps = {}
+    for width in (4, 20_000):
+        model = nn.Linear(width, 1, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        koop = koopt.attach(optimizer, model, lambda: 1.0, "jump", cycle=20, tail=10, max_overhead=0.2)
+        model.weight.grad = torch.ones_like(model.weight)
+        for _ in range(400):
+            optimizer.step()
+        steps[width] = [jump.step for jump in koop.jumps if jump.evaluations]
+    assert steps == {4: [20, 60, 140, 300], 20_000: [40, 120, 280]}
+
+
+def test_a_budget_of_nothing_never_calls_the_guard():
+    bowl = Bowl(cycle=10, tail=6, guard=lambda: 1 / 0, max_overhead=0.0)
+    for _ in range(50):
+        bowl.step()
+    (jump,) = bowl.koop.jumps
+    assert jump.reason == "budget: max_overhead=0 does not allow 6 evaluations yet"
+
+
+def test_jump_by_hand():
+    bowl = Bowl(cycle=1000, tail=20, max_overhead=0.01)
+    bowl.run(990)
+    jump = bowl.koop.jump()
+    assert jump.accepted
+    assert jump is bowl.koop.jumps[-1]
+    assert bowl.koop.jump().reason.startswith("too few snapshots: 0")
+
+
+@pytest.mark.parametrize("policy", ["keep", "reset", "scale", "combine"])
+def test_momentum_after_a_jump(policy):
+    bowl = Bowl(cycle=30, tail=10, max_overhead=1.0, beta=0.5, momentum=policy)
+    recorded, weights = [], []
+    for _ in range(29):
+        bowl.step()
+        weights.append(bowl.model.weight.detach().clone())
+        recorded.append(bowl.optimizer.state[bowl.model.weight]["momentum_buffer"].clone())
+    gradient = 2 * bowl.rates * weights[-1]
+    kept = 0.5 * recorded[-1] + gradient
+    weights.append(weights[-1] - 0.2 * kept)
+    bowl.step()
+    (jump,) = bowl.koop.jumps
+    assert jump.accepted
+    momentum = bowl.optimizer.state[bowl.model.weight]["momentum_buffer"]
+    if policy == "combine":
+        window = torch.cat(weights[-10:])
+        far = math.isinf(jump.horizon)
+        same = [c for c in FAMILIES if (c.method, c.rank) == (jump.forecaster, jump.rank)]
+        (family,) = (c for c in same if math.isinf(c.horizon) == far)
+        coefficients = Proposer(window).coefficients(family._replace(horizon=jump.horizon / 9))
+        torch.testing.assert_close(coefficients @ window, bowl.model.weight.detach()[0], rtol=1e-9, atol=1e-12)
+        expected = coefficients @ torch.cat([*recorded[-9:], kept])
+        torch.testing.assert_close(momentum[0], expected, rtol=1e-9, atol=1e-12)
+    else:
+        factor = {"keep": 1.0, "reset": 0.0, "scale": math.sqrt(jump.after / jump.before)}[policy]
+        torch.testing.assert_close(momentum, factor * kept, rtol=1e-14, atol=0)
+
+
+def test_lbfgs_starts_anew_after_a_jump():
+    task = Task(**LOOPS["closure"])
+    koop = task.attach(guard=task.loss, mode="jump")
+    counts = []
+    koop.on_jump(lambda jump: counts.append((jump.accepted, task.optimizer.state[task.model[0].weight]["n_iter"])))
+    task.run()
+    assert any(accepted for accepted, _ in counts)
+    assert all((count == 0) == accepted for accepted, count in counts)
+
+
+def noisy_run(mode):
+    """Mini-batches of four with labels that are noise."""
+    task = Task(sgd)
+    generator = torch.Generator().manual_seed(3)
+    x, y = task.x, task.y
+    koop = task.attach(guard=lambda: mse_loss(task.model(x), y), mode=mode, cycle=40, tail=30)
+    for step in range(200):
+        rows = torch.randint(0, 32, (4,), generator=generator)
+        task.x, task.y = x[rows], y[rows] + torch.randn(4, 1, generator=generator)
+        task.step(step)
+    return koop
+
+
+def test_auto_tells_noise_from_smooth_motion():
+    assert all(jump.reason.startswith("noise: ") and jump.evaluations == 0 for jump in noisy_run("auto").jumps)
+    assert any(jump.evaluations for jump in noisy_run("jump").jumps)
+    smooth = Task(adam)
+    koop = smooth.attach(guard=smooth.loss, cycle=40, tail=30)
+    smooth.run(steps=200)
+    assert any(jump.accepted for jump in koop.jumps)
+
+
+def test_moves_add_up_where_that_is_better():
+    """On a straight line whose loss falls all the way, the sum of two moves goes farther than either."""
+    window = torch.arange(30.0, dtype=torch.float64)[:, None]
+    seen = []
+
+    def evaluate(weights):
+        seen.append(weights[0].item())
+        return 1.0 / (1.0 + weights[0].item())
+
+    def far(count):
+        seen.clear()
+        return search(Proposer(window), Choice(), [window[-1]], 1.0 / 30.0, count, evaluate)
+
+    found = far(16)
+    assert len(seen) == 16
+    assert " + " in found.candidate.method
+    assert found.weights[0].item() == max(seen) > max(seen[:14])
+    assert found.coefficients.sum().item() == pytest.approx(1.0)
+    torch.testing.assert_close(found.coefficients @ window, found.weights[0])
+    assert far(4).candidate.method in {family.method for family in FAMILIES}  # too few to keep any for sums
+    assert len(seen) == 4
