@@ -119,7 +119,7 @@ def test_quick_tasks_are_the_same_ones_with_fewer_steps():
     for name, quick in QUICK.items():
         assert quick.problem is TASKS[name].problem
         assert 0 < quick.steps < TASKS[name].steps
-        assert quick.steps % quick.looks == 0 == TASKS[name].steps % TASKS[name].looks
+        assert TASKS[name].steps % TASKS[name].looks == 0
         assert set(quick.rates) < set(TASKS[name].rates)
 
 

@@ -251,17 +251,15 @@ def test_ctrl_c_leaves_nothing(tmp_path):
         save_file(state(t), path)
     slow = (
         "import time; from koopt.checkpoint import writing; old = writing.write\n"
-        "def write(*a): print('writing', flush=True); time.sleep(60); old(*a)\n"
+        "def write(*a): print('writing', flush=True); time.sleep(5); old(*a)\n"
         "writing.write = write\n"
     )
-    command = [sys.executable, "-c", slow.replace("sleep(60)", "sleep(1)") + SCRIPT, "forecast", *given, "--ahead", "1"]
-    child = subprocess.Popen(
-        [*command, "-o", str(tmp_path / "out.safetensors")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert child.stdout.readline() == "writing\n"
-    time.sleep(0.2)
-    child.send_signal(signal.SIGINT)
-    _, error = child.communicate(timeout=60)
+    command = [sys.executable, "-c", slow + SCRIPT, "forecast", *given, "--ahead", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "-o", str(tmp_path / "out.safetensors")], **pipes) as child:
+        assert child.stdout.readline() == "writing\n"
+        child.send_signal(signal.SIGINT)
+        _, error = child.communicate(timeout=60)
     assert (child.returncode, error) == (130, "koopt: interrupted; nothing was written\n")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
