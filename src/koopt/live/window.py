@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._utils import _unflatten_dense_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,12 +33,13 @@ class Snapshots:
 
     def __init__(self, tensors: Sequence[Tensor], length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows = torch.zeros(length, sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
+        self._cut = [_cut(row, tensors) for row in self.rows]
         self.taken = 0
 
     @torch.no_grad()
     def add(self, tensors: Sequence[Tensor]) -> None:
-        row = self.rows[self.taken % len(self.rows)]
-        torch.cat([tensor.to(row.device).reshape(-1) for tensor in tensors], out=row)
+        pieces = self._cut[self.taken % len(self.rows)]
+        torch._foreach_copy_(pieces, _on(self.rows.device, tensors))  # pyright: ignore[reportPrivateImportUsage]
         self.taken += 1
 
     def clear(self) -> None:
@@ -84,7 +84,7 @@ class BlockMeans:
         size = sum(tensor.numel() for tensor in tensors)
         self.rows = torch.zeros(window, size, dtype=dtype, device=device)
         self.sum = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        self._sums: list[Any] = list(_unflatten_dense_tensors(self.sum, list(tensors)))
+        self._sums = _cut(self.sum, tensors)
         self.held, self.block, self.open = 0, 1, 0
 
     def add(self, tensors: Sequence[Tensor]) -> None:
@@ -94,8 +94,7 @@ class BlockMeans:
 
     @torch.no_grad()
     def _add(self, tensors: Sequence[Tensor]) -> None:
-        device = self.sum.device
-        sources: list[Any] = [t if t.device == device else t.to(device) for t in tensors]
+        sources = _on(self.sum.device, tensors)
         if self.open == self.stride:
             torch._foreach_copy_(self._sums, sources)  # pyright: ignore[reportPrivateImportUsage]
         else:
@@ -154,6 +153,16 @@ class BlockMeans:
         self.rows.copy_(state["rows"])
         self.sum.copy_(state["sum"])
         self.held, self.block, self.open = (int(state[name]) for name in ("held", "block", "open"))
+
+
+def _cut(row: Tensor, tensors: Sequence[Tensor]) -> list[Any]:
+    """Views of a row in the shapes of the tensors."""
+    pieces = row.split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def _on(device: torch.device, tensors: Sequence[Tensor]) -> list[Any]:
+    return [tensor if tensor.device == device else tensor.to(device) for tensor in tensors]
 
 
 def nbytes_of(tensors: Sequence[Tensor], snapshots: int, means: int, dtype: torch.dtype) -> int:
