@@ -65,8 +65,8 @@ def test_the_handle_is_stateful_for_distributed_checkpoints(tmp_path):
         (lambda s: s["settings"]["shapes"].update({"0.weight": [1]}), "state: recorded with shapes="),
         (lambda s: s.pop("means"), r"state has \[.*\], expected .*pass what state_dict\(\) returned"),
         (
-            lambda s: s["means"].update(rows=torch.zeros(2, 2)),
-            r"state\['means'\]\['rows'\] is \(\(2, 2\), torch.float32",
+            lambda s: s["means"]["rows"].update({"0.weight": torch.zeros(2, 2)}),
+            r"state\['means'\]\['rows'\]\['0.weight'\] is \(\(2, 2\), torch.float32",
         ),
         (lambda s: s.update(steps=-1), r"state\['steps'\] is -1, expected int >= 0"),
         (lambda s: s["choice"].update(gains=[0.0]), r"state\['choice'\]\['gains'\] does not fit this version"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
 
+from koopt import distributed, sharding
 from koopt.live.candidates import FEWEST
 from koopt.live.handle import Live, is_attached
 from koopt.live.momentum import POLICIES
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
+    from torch.distributed import ProcessGroup
 
 MODES = ("auto", "jump", "forecast")
 
@@ -40,6 +43,7 @@ def attach(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     with_optimizer: bool = False,
+    group: ProcessGroup | str | None = "auto",
 ) -> Live:
     """Put koopt beside an optimizer: the training loop stays as it is.
 
@@ -68,6 +72,8 @@ def attach(
         dtype: of what is recorded; None: the parameters', at least float32.
         device: where it is kept; None: where the first parameter is.
         with_optimizer: carry koopt's state along in the optimizer's own ``state_dict()`` under "koopt".
+        group: the processes that train this model together, each of which has to call this function: "auto" takes those
+            of DistributedDataParallel or of the mesh of FSDP2, else all of them; None: this process alone.
 
     Returns:
         The handle, a :class:`koopt.Live`.
@@ -75,7 +81,7 @@ def attach(
     Raises:
         TypeError: if an argument has the wrong type, or a parameter is complex.
         ValueError: if koopt is attached to this optimizer already, the model has none of its parameters, an argument is
-            out of range, or the memory is not there.
+            out of range, the memory is not there, or the processes do not fit together.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -112,8 +118,10 @@ def attach(
         raise ValueError(f"max_overhead is {max_overhead!r}, expected a share of the steps' cost >= 0, such as 0.06")
     if is_attached(inner):
         raise ValueError("optimizer: koopt is attached to it already; use that handle, or detach() it first")
-    named = _trained(inner, model)
-    parameters = list(named.values())
+    sharding.require_supported(model)
+    sharding.reshard(sharding.sharding_modules(model))
+    named = _trained(inner, distributed.bare(model))
+    parameters = [sharding.local(parameter) for parameter in named.values()]
     if dtype is None:
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
     if dtype not in DTYPES:
@@ -129,8 +137,10 @@ def attach(
         dtype=dtype,
         device=place,
     )
-    _require_memory(parameters, settings)
-    return Live(inner, model, named, guard, refresh, settings, with_optimizer)
+    asked = repr((replace(settings, device=torch.device(place.type)), guard is None, refresh is None))
+    ranks = distributed.join(model, named, group, asked)
+    distributed.together(lambda: _require_memory(parameters, settings), ranks, "attach")
+    return Live(inner, model, named, guard, refresh, settings, with_optimizer, ranks)
 
 
 def _plain(optimizer: object) -> torch.optim.Optimizer:

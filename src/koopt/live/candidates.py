@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from koopt import linalg
+from koopt import distributed, linalg
 from koopt.forecasters import METHODS
 from koopt.operator import fit_in_form
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
     from torch import Tensor
+
+    from koopt.distributed import Ranks
 
 START = 4 / 3  # the first horizon of a jump, in lengths of the tail
 LONGEST, SHORTEST = 200.0, 0.1
@@ -56,21 +58,25 @@ class Proposer:
 
     Args:
         snapshots: `(time, state)`, finite, at least two.
+        ranks: the processes that hold the other columns.
 
     >>> Proposer(torch.arange(8.0)[:, None]).coefficients(Candidate("line", 1.0, {"span": 7})).tolist()
     [-1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0]
     """
 
-    def __init__(self, snapshots: Float[Tensor, "time state"]) -> None:
+    def __init__(self, snapshots: Float[Tensor, "time state"], ranks: Ranks | None = None) -> None:
         self.time = len(snapshots)
-        self.snapshots = snapshots
-        self.path = _path(snapshots)
-        last = snapshots[-1].to(torch.float64).norm().item()
+        self.snapshots, self.ranks = snapshots, ranks
+        self.path = _path(snapshots, ranks)
+        last = distributed.norm(snapshots[-1], ranks)
         self._rounding = torch.finfo(snapshots.dtype).eps * last
         self._operators: dict[tuple[Any, ...], Any] = {}
 
     def coefficients(self, candidate: Candidate) -> Float[Tensor, " time"] | None:
         """One number a snapshot; None where the rule has no answer, as an operator that grows has no fixed point."""
+        return distributed.agreed(self._found(candidate), self.time, self.ranks)
+
+    def _found(self, candidate: Candidate) -> Tensor | None:
         tail = max(2, round(candidate.share * self.time))
         horizon = candidate.horizon * (tail - 1)
         if math.isfinite(horizon) and abs(horizon - round(horizon)) < 1e-9 * horizon:
@@ -95,7 +101,9 @@ class Proposer:
         if key not in self._operators:
             # increments do not see the reference, but states do: they need the weights themselves
             differences = fit_options.get("difference", False)
-            rows = self.path[-tail:] if differences else linalg.triangular_factor(self.snapshots[-tail:]).cpu()
+            rows = (
+                self.path[-tail:] if differences else distributed.triangular_factor(self.snapshots[-tail:], self.ranks)
+            )
             moved = rows.diff(dim=0).norm().item()
             size = moved if differences else rows.norm().item()
             least = GRAM_ERROR if differences else linalg.EPS
@@ -104,20 +112,20 @@ class Proposer:
         return self._operators[key].coefficients(horizon, options.get("max_modulus"))
 
 
-def _path(snapshots: Tensor) -> Tensor:
+def _path(snapshots: Tensor, ranks: Ranks | None) -> Tensor:
     """The snapshots relative to the last one, in an orthonormal basis, by the Gram matrix of their increments.
 
     Near-straight motion is small beside the weights, but not in increments, whose Gram matrix is several times cheaper
     than an orthogonal factor and good enough for the few directions that a jump uses.
     """
-    squared = linalg.gram(snapshots, lambda rows: rows.diff(dim=-2)).cpu()
+    squared = distributed.gram(snapshots, ranks, lambda rows: rows.diff(dim=-2))
     if not bool(squared.isfinite().all()):
         return torch.full_like(squared, math.nan)
     path = torch.nn.functional.pad(linalg.factor_of_gram(squared).cumsum(dim=0), (0, 0, 1, 0))
     return path - path[-1]
 
 
-def roughness(snapshots: Float[Tensor, "time state"]) -> float:
+def roughness(snapshots: Float[Tensor, "time state"], ranks: Ranks | None = None) -> float:
     """How badly the newer increments are forecast, one step ahead, from the older half: about 0 if smooth, 1 if noise.
 
     The better of a linear map of rank 4 and of no change at all, root mean square error over root mean square size.
@@ -125,6 +133,7 @@ def roughness(snapshots: Float[Tensor, "time state"]) -> float:
 
     Args:
         snapshots: `(time, state)`; of many weights some 4,096, evenly spaced, are looked at.
+        ranks: the processes that hold the other columns.
 
     Returns:
         A number >= 0; 0 without motion, NaN where a snapshot is not finite.
@@ -132,8 +141,7 @@ def roughness(snapshots: Float[Tensor, "time state"]) -> float:
     >>> roughness(torch.arange(9.0)[:, None] ** 2) < 0.3
     True
     """
-    sample = snapshots[:, :: -(-snapshots.shape[1] // SAMPLE)].cpu().to(torch.float64)
-    steps = sample.diff(dim=0)
+    steps = distributed.sample(snapshots, SAMPLE, ranks).diff(dim=0)
     half = len(steps) // 2
     size, older = steps[half:].norm().item(), steps[:half].norm().item()
     if not math.isfinite(size + older):
@@ -201,7 +209,10 @@ def gain(before: float, after: float) -> float:
 
 
 def moved(
-    parameters: Sequence[Tensor], snapshots: Float[Tensor, "time state"], coefficients: Float[Tensor, " time"]
+    parameters: Sequence[Tensor],
+    snapshots: Float[Tensor, "time state"],
+    coefficients: Float[Tensor, " time"],
+    ranks: Ranks | None = None,
 ) -> list[Tensor] | None:
     """The weights now plus what the coefficients make of the snapshots' differences from the last one.
 
@@ -209,30 +220,33 @@ def moved(
         parameters: the weights of the last snapshot, in their own dtype.
         snapshots: `(time, state)`, perhaps in fewer digits.
         coefficients: `(time,)`, which sum to 1 or, for an operator on states, nearly so.
+        ranks: the processes that hold the other columns.
 
     Returns:
-        A tensor a parameter, in its dtype; None if one is not finite.
+        A tensor a parameter, in its dtype; None if one is not finite, in any process.
     """
     change = coefficients.to(snapshots.device, torch.float64, copy=True)
     change[-1] -= 1.0
-    return _cast(parameters, linalg.combine(change, snapshots, torch.float64), add=True)
+    return _cast(parameters, linalg.combine(change, snapshots, torch.float64), ranks, add=True)
 
 
 def combined(
-    parameters: Sequence[Tensor], snapshots: Float[Tensor, "time state"], coefficients: Float[Tensor, " time"]
+    parameters: Sequence[Tensor],
+    snapshots: Float[Tensor, "time state"],
+    coefficients: Float[Tensor, " time"],
+    ranks: Ranks | None = None,
 ) -> list[Tensor] | None:
     """The combination of the snapshots, in the shapes and dtypes of the parameters; None if one is not finite."""
-    return _cast(parameters, linalg.combine(coefficients.to(snapshots.device), snapshots, torch.float64), add=False)
+    flat = linalg.combine(coefficients.to(snapshots.device), snapshots, torch.float64)
+    return _cast(parameters, flat, ranks, add=False)
 
 
 @torch.no_grad()
-def _cast(parameters: Sequence[Tensor], flat: Tensor, add: bool) -> list[Tensor] | None:
+def _cast(parameters: Sequence[Tensor], flat: Tensor, ranks: Ranks | None, add: bool) -> list[Tensor] | None:
     values = []
     for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         exact = piece.view(parameter.shape).to(parameter.device)
         values.append((parameter.to(torch.float64) + exact if add else exact).to(parameter.dtype))
     # the sum is quick, and finite only if all values are; it may overflow where none does
-    for value in values:
-        if not math.isfinite(value.sum().item()) and not bool(value.isfinite().all()):
-            return None
-    return values
+    finite = all(math.isfinite(value.sum().item()) or bool(value.isfinite().all()) for value in values)
+    return values if distributed.everywhere(finite, ranks) else None

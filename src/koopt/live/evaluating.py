@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from koopt import linalg
+from koopt import distributed, linalg
 from koopt.forecasters import METHODS, RESOLVED
 from koopt.live.candidates import FAMILIES, FEWEST, Candidate, Proposer, combined, gain
 from koopt.live.window import BlockMeans, Snapshots
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
     from torch import Tensor
+
+    from koopt.distributed import Ranks
 
 ENOUGH = 8  # block means for an operator; with fewer the average does better
 SLOW = {"rank": 2, "projected": True, "max_modulus": 1.0}
@@ -106,18 +108,21 @@ class Taste:
         self.scores, self._looked = list(state["scores"]), int(state["looked"])
 
 
-def by_rule(window: Snapshots | BlockMeans, steps: float | None, now: list[Tensor]) -> list[Tensor]:
+def by_rule(
+    window: Snapshots | BlockMeans, steps: float | None, now: list[Tensor], ranks: Ranks | None = None
+) -> list[Tensor]:
     """The forecast without a guard.
 
     Args:
         window: what is recorded.
         steps: optimizer steps ahead; None: as the rule has it.
         now: the weights as they are, which serve where nothing better is found.
+        ranks: the processes that hold the other columns.
     """
     if isinstance(window, Snapshots) or steps is not None:
-        return _to_step(window, steps or 0.0, now)
+        return _to_step(window, steps or 0.0, now, ranks)
     rows = window.with_open()
-    found = _made(rows, now, [RULE] if len(rows) >= ENOUGH else [AVERAGE])[0]
+    found = _made(rows, now, [RULE] if len(rows) >= ENOUGH else [AVERAGE], ranks)[0]
     return now if found is None else found
 
 
@@ -127,6 +132,7 @@ def by_guard(
     evaluate: Callable[[Sequence[Tensor]], float],
     taste: Taste,
     steps: int,
+    ranks: Ranks | None = None,
 ) -> list[Tensor]:
     """The forecast that did best by the guard so far, if it is better than the weights as they are; else the best now.
 
@@ -136,12 +142,13 @@ def by_guard(
         evaluate: the guard's loss at weights.
         taste: what earlier looks have taught; learns from this one.
         steps: optimizer steps so far.
+        ranks: the processes that hold the other columns.
     """
     if isinstance(window, Snapshots):
-        made = _from_tail(window.ordered(), now)
+        made = _from_tail(window.ordered(), now, ranks)
     else:
         rows = window.with_open()
-        made = _made(rows, now, FORECASTS if len(rows) >= ENOUGH else [AVERAGE])
+        made = _made(rows, now, FORECASTS if len(rows) >= ENOUGH else [AVERAGE], ranks)
     least = evaluate(now)
     losses = [math.nan if weights is None else evaluate(weights) for weights in made]
     order = sorted(range(len(made)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
@@ -156,22 +163,25 @@ def by_guard(
 
 
 def _made(
-    rows: Float[Tensor, "time state"], now: Sequence[Tensor], blends: Sequence[Sequence[Part]]
+    rows: Float[Tensor, "time state"], now: Sequence[Tensor], blends: Sequence[Sequence[Part]], ranks: Ranks | None
 ) -> list[list[Tensor] | None]:
     """The weights of each blend; None where one is not finite."""
-    squared = linalg.gram(rows).cpu() if len(rows) else torch.full((1, 1), math.nan)
+    squared = distributed.gram(rows, ranks) if len(rows) else torch.full((1, 1), math.nan)
     if not bool(squared.isfinite().all()):
         return [None] * len(blends)
     factor = linalg.factor_of_gram(squared)
-    return [combined(now, rows, blended(factor, blend)) for blend in blends]
+    coefficients = distributed.first(torch.stack([blended(factor, blend) for blend in blends]), ranks)
+    return [combined(now, rows, own, ranks) for own in coefficients]
 
 
-def _from_tail(snapshots: Float[Tensor, "time state"], now: Sequence[Tensor]) -> list[list[Tensor] | None]:
+def _from_tail(
+    snapshots: Float[Tensor, "time state"], now: Sequence[Tensor], ranks: Ranks | None
+) -> list[list[Tensor] | None]:
     if len(snapshots) < 2:
         return []
-    proposer = Proposer(snapshots)
+    proposer = Proposer(snapshots, ranks)
     found = [proposer.coefficients(candidate) for candidate in FROM_TAIL]
-    return [None if c is None else combined(now, snapshots, c) for c in found]
+    return [None if c is None else combined(now, snapshots, c, ranks) for c in found]
 
 
 def _clipped(before: float, after: float) -> float:
@@ -181,7 +191,7 @@ def _clipped(before: float, after: float) -> float:
     return max(-1.0, min(gain(before, after), 3.0)) if math.isfinite(before) else 0.0
 
 
-def _to_step(window: Snapshots | BlockMeans, steps: float, now: list[Tensor]) -> list[Tensor]:
+def _to_step(window: Snapshots | BlockMeans, steps: float, now: list[Tensor], ranks: Ranks | None) -> list[Tensor]:
     """The weights so many steps ahead, by an operator where there is enough for one."""
     snapshots = window.ordered()
     held = len(snapshots)
@@ -192,8 +202,8 @@ def _to_step(window: Snapshots | BlockMeans, steps: float, now: list[Tensor]) ->
         fitted = max(2, round(AHEAD.share * held))
         candidate = AHEAD._replace(horizon=(steps + window.age) / window.block / (fitted - 1))
         enough = held >= ENOUGH
-    coefficients = Proposer(snapshots).coefficients(candidate) if enough else None
-    weights = None if coefficients is None else combined(now, snapshots, coefficients)
+    coefficients = Proposer(snapshots, ranks).coefficients(candidate) if enough else None
+    weights = None if coefficients is None else combined(now, snapshots, coefficients, ranks)
     if weights is None and isinstance(window, BlockMeans):
-        weights = _made(snapshots, now, [AVERAGE])[0]
+        weights = _made(snapshots, now, [AVERAGE], ranks)[0]
     return now if weights is None else weights

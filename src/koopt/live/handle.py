@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -12,6 +13,7 @@ from weakref import WeakSet
 
 import torch
 
+from koopt import distributed, sharding
 from koopt.live import evaluating, records, resuming
 from koopt.live import momentum as moments
 from koopt.live.budget import ENOUGH, MEAN, MOST, SNAPSHOT, Costs, Schedule
@@ -21,7 +23,7 @@ from koopt.live.jumps import Found, search
 from koopt.live.refreshing import refreshed, write_buffers
 from koopt.live.skipping import moving, skipped
 from koopt.live.weights import Weights
-from koopt.live.window import BlockMeans, Snapshots
+from koopt.live.window import BlockMeans, Snapshots, nbytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from koopt.distributed import Ranks
     from koopt.live.jumps import Jump
     from koopt.live.settings import Settings
 
@@ -64,16 +67,19 @@ class Live:
         refresh: Callable[[], object] | None,
         settings: Settings,
         with_optimizer: bool,
+        ranks: Ranks | None,
     ) -> None:
         self._optimizer, self._model, self._settings = optimizer, model, settings
-        self._guard, self._refresh, self._weights = guard, refresh, Weights(named)
+        self._guard, self._refresh, self._ranks = guard, refresh, ranks
+        self._weights = Weights(named, sharding.sharding_modules(model))
         recorded, place = self._weights.parameters, (settings.dtype, settings.device)
         self._tail = Snapshots(recorded, settings.tail, *place) if settings.snapshots else None
         combine = settings.snapshots > settings.tail
         self._momenta = Snapshots(recorded, settings.tail, *place) if combine else None
         self._means = BlockMeans(recorded, settings.window, *place) if settings.means else None
-        window = 0 if self._tail is None else self._tail.nbytes
-        costs = Costs.of(sum(parameter.nbytes for parameter in recorded), window)
+        whole = list(named.values())  # so that all processes have the same schedule, however many they are
+        window = nbytes_of(whole, 0 if self._tail is None else settings.tail, 0, settings.dtype)
+        costs = Costs.of(sum(parameter.nbytes for parameter in whole), window)
         self._schedule = Schedule(settings.cycle, settings.max_overhead, costs)
         self._recording = settings.snapshots * SNAPSHOT  # what the snapshots for one attempt cost
         self._choice = Choice()
@@ -123,7 +129,8 @@ class Live:
         >>> torch.equal(koop.forecast()["weight"], model.weight)
         True
         """
-        return dict(zip(self._weights.named, self._forecast(steps), strict=True))
+        found = zip(self._weights.named.items(), self._forecast(steps), strict=True)
+        return {name: sharding.as_whole(weights, parameter) for (name, parameter), weights in found}
 
     @contextlib.contextmanager
     def forecast_weights(self, steps: float | None = None) -> Iterator[None]:
@@ -147,7 +154,7 @@ class Live:
             self._weights.write(weights)
             if self._refresh is not None:
                 with undisturbed(self._model):
-                    self._refresh()
+                    distributed.together(self._refresh, self._ranks, "refresh")
             yield
 
     def jump(self) -> Jump:
@@ -212,9 +219,10 @@ class Live:
         >>> koop = koopt.attach(torch.optim.SGD(model.parameters(), lr=0.1), model)
         >>> koop.load_state_dict(koop.state_dict())
         """
-        state: dict[str, Any] = {"settings": self._compared(), "steps": self.steps, "sound": self._sound}
+        settings = resuming.compared(self._settings, self._weights.named)
+        state: dict[str, Any] = {"settings": settings, "steps": self.steps, "sound": self._sound}
         state |= {name: getattr(self._schedule, name) for name in SCHEDULED}
-        state |= {name: part.state_dict() for name, part in self._parts().items()}
+        state |= {name: self._weights.named_state(part.state_dict()) for name, part in self._parts().items()}
         learnt = {"choice": self._choice.state_dict(), "taste": self._taste.state_dict()}
         return state | learnt | {"jumps": records.as_text(self.jumps)}
 
@@ -230,19 +238,12 @@ class Live:
         resuming.require_fits(state, self.state_dict())
         jumps = records.from_text(state["jumps"])
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(self._weights.flat_state(state[name]))
         self._choice.load_state_dict(state["choice"])
         self._taste.load_state_dict(state["taste"])
         for name in SCHEDULED:
             setattr(self._schedule, name, state[name])
         self.steps, self._sound, self.jumps = state["steps"], state["sound"], jumps
-
-    def _compared(self) -> dict[str, Any]:
-        """What has to be the same in a resumed run."""
-        settings = self._settings
-        own = {"mode": settings.mode, "window": settings.window, "tail": settings.tail, "dtype": str(settings.dtype)}
-        shapes = {name: list(parameter.shape) for name, parameter in self._weights.named.items()}
-        return own | {"combine": settings.momentum == "combine", "shapes": shapes}
 
     def _parts(self) -> dict[str, Snapshots | BlockMeans]:
         parts = {"snapshots": self._tail, "momenta": self._momenta, "means": self._means}
@@ -287,7 +288,7 @@ class Live:
             return
         tail.add(self._weights.parameters)
         if self._momenta is not None:
-            self._momenta.add(moments.recorded(self._optimizer, self._weights.parameters))
+            self._momenta.add(moments.recorded(self._optimizer, list(self._weights.named.values())))
         schedule.spent += self._recording / length
         if left <= 0:
             self._jump(schedule.allowed(self.steps))
@@ -298,10 +299,12 @@ class Live:
             raise ValueError('jump: mode is "forecast"; attach with a guard and mode "auto" or "jump"')
         started, self._evaluations = time.perf_counter(), 0
         self._schedule.start(self.steps)
+        unlike = distributed.unlike(self.steps, self._weights.named.values(), self._ranks)
         snapshots = self._tail.ordered()
-        moved = moving(self._optimizer, snapshots)
+        moved = distributed.union(moving(self._optimizer, snapshots), len(snapshots), self._ranks)
         try:
-            found, buffers = self._attempt(snapshots[moved] if len(moved) < len(snapshots) else snapshots, allowed)
+            window = snapshots[moved] if len(moved) < len(snapshots) else snapshots
+            found, buffers = (Found(unlike), {}) if unlike else self._attempt(window, allowed)
             if found.weights is not None:
                 self._move(found, buffers, moved)
                 self._schedule.succeed(self.steps)
@@ -330,11 +333,11 @@ class Live:
         if allowed <= extra:
             return Found(f"budget: max_overhead={self._settings.max_overhead:g} allows no candidate yet"), {}
         if self._settings.mode == "auto":
-            rough = roughness(snapshots)
+            rough = roughness(snapshots, self._ranks)
             if rough > NOISE:
                 return Found(f"noise: one step ahead a forecast misses {rough:.2g} of an increment"), {}
         self._schedule.spent += self._schedule.costs.fit
-        proposer = Proposer(snapshots)
+        proposer = Proposer(snapshots, self._ranks)
         if not bool(proposer.path.isfinite().all()):
             return Found("the recorded weights hold NaN or Inf"), {}
         with self._weights.holding("a jump's guard") as saved:
@@ -349,7 +352,8 @@ class Live:
                 return found, {}
             self._weights.write(found.weights)
             with buffers_kept(self._model):
-                buffers = refreshed(self._refresh, self._model)
+                renew = functools.partial(refreshed, self._refresh, self._model)
+                buffers = distributed.together(renew, self._ranks, "refresh")
                 after = self._measure(found.weights)
         found = found._replace(after=after)
         if after < before:
@@ -363,14 +367,15 @@ class Live:
         assert found.coefficients is not None
         self._weights.write(found.weights)
         write_buffers(self._model, buffers)
-        policy, optimizer, parameters = self._settings.momentum, self._optimizer, self._weights.parameters
+        distributed.settle(self._weights.named.values(), self._ranks)
+        policy, optimizer, parameters = self._settings.momentum, self._optimizer, list(self._weights.named.values())
         if policy == "reset":
             moments.scale(optimizer, parameters, 0.0)
         elif policy == "scale":  # as gradients shrink near a minimum, where the loss is their square
             ratio = found.after / found.before if found.before > 0 else 0.0
             moments.scale(optimizer, parameters, math.sqrt(max(ratio, 0.0)))
         elif self._momenta is not None:
-            moments.combine(optimizer, parameters, self._momenta.ordered()[moved], found.coefficients)
+            moments.combine(optimizer, parameters, self._momenta.ordered()[moved], found.coefficients, self._ranks)
         moments.restart_curvature(optimizer)
 
     def _forecast(self, steps: float | None) -> list[Tensor]:
@@ -379,13 +384,13 @@ class Live:
             raise TypeError(f"steps is {steps!r}, expected a number of optimizer steps, or None")
         if steps is not None and not 0 <= steps < math.inf:
             raise ValueError(f"steps is {steps}, expected optimizer steps >= 0, finite")
-        self._weights.require_in(self._model)
+        self._weights.require_in(distributed.bare(self._model))
         window = self._tail if self._means is None else self._means
         assert window is not None
         with self._weights.holding("a forecast's guard") as saved:
             if steps is None and self._guard is not None:
-                return evaluating.by_guard(window, saved, self._loss_at, self._taste, self.steps)
-            return evaluating.by_rule(window, steps, saved)
+                return evaluating.by_guard(window, saved, self._loss_at, self._taste, self.steps, self._ranks)
+            return evaluating.by_rule(window, steps, saved, self._ranks)
 
     def _measure(self, weights: Sequence[Tensor]) -> float:
         """The guard's loss at weights, counted."""
@@ -396,4 +401,4 @@ class Live:
     def _loss_at(self, weights: Sequence[Tensor]) -> float:
         assert self._guard is not None
         self._weights.write(weights)
-        return measure(self._guard, self._model)
+        return distributed.mean_of(functools.partial(measure, self._guard, self._model), self._ranks, "guard")

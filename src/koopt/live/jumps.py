@@ -87,7 +87,7 @@ def search(
     def loss_of(candidate: Candidate, coefficients: Tensor | None) -> float:
         """Infinite where there is none, and NaN is as bad as that."""
         nonlocal best, left
-        weights = None if coefficients is None else moved(saved, proposer.snapshots, coefficients)
+        weights = None if coefficients is None else moved(saved, proposer.snapshots, coefficients, proposer.ranks)
         if weights is None:
             return math.inf
         left -= 1

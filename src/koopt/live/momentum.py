@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from koopt.live.candidates import moved
+from koopt.sharding import local
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from jaxtyping import Float
     from torch import Tensor
+
+    from koopt.distributed import Ranks
 
 POLICIES = ("keep", "reset", "scale", "combine")
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # as torch.optim names them
@@ -29,7 +32,7 @@ def first_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]
     for parameter in parameters:
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         moments = (state.get(name) for name in FIRST_MOMENTS)
-        found.append(next((moment for moment in moments if isinstance(moment, torch.Tensor)), None))
+        found.append(next((local(moment) for moment in moments if isinstance(moment, torch.Tensor)), None))
     return found
 
 
@@ -54,6 +57,7 @@ def combine(
     parameters: Sequence[Tensor],
     snapshots: Float[Tensor, "time state"],
     coefficients: Float[Tensor, " time"],
+    ranks: Ranks | None = None,
 ) -> None:
     """Give momentum the coefficients of the weights.
 
@@ -62,8 +66,9 @@ def combine(
         parameters: in the order of the columns.
         snapshots: `(time, state)`, the recorded momentum, the last of which is now; zero where there is none.
         coefficients: `(time,)`, those of the jump.
+        ranks: the processes that hold the other columns.
     """
-    values = moved(recorded(optimizer, parameters), snapshots, coefficients)
+    values = moved(recorded(optimizer, parameters), snapshots, coefficients, ranks)
     if values is None:
         return
     for moment, value in zip(first_moments(optimizer, parameters), values, strict=True):
@@ -74,4 +79,6 @@ def combine(
 def recorded(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[Tensor]:
     """The momentum of each parameter, zeros where there is none."""
     found = first_moments(optimizer, parameters)
-    return [torch.zeros_like(p) if moment is None else moment for moment, p in zip(found, parameters, strict=True)]
+    return [
+        torch.zeros_like(local(p)) if moment is None else moment for moment, p in zip(found, parameters, strict=True)
+    ]

@@ -10,7 +10,18 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import Tensor
+
+    from koopt.live.settings import Settings
+
 ASK = "pass what state_dict() returned"
+
+
+def compared(settings: Settings, named: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What has to be the same in a resumed run."""
+    own = {"mode": settings.mode, "window": settings.window, "tail": settings.tail, "dtype": str(settings.dtype)}
+    shapes = {name: list(parameter.shape) for name, parameter in named.items()}
+    return own | {"combine": settings.momentum == "combine", "shapes": shapes}
 
 
 def require_fits(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -55,7 +55,7 @@ class Snapshots:
         return self.rows.nbytes
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows.clone(), "taken": self.taken}
+        return {"rows": self.rows, "taken": self.taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rows.copy_(state["rows"])
@@ -147,7 +147,7 @@ class BlockMeans:
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"held": self.held, "block": self.block, "open": self.open}
-        return {"rows": self.rows.clone(), "sum": self.sum.clone(), **counts}
+        return {"rows": self.rows, "sum": self.sum, **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rows.copy_(state["rows"])
