@@ -84,6 +84,7 @@ def test_the_readme_runs():
     state, snapshots = torch.rand(4, 5), torch.rand(4, 8, 5)
     names = {"koopt": koopt, "model": model, "optimizer": optimizer, "snapshots": snapshots, "state": state}
     names["loader"] = [(None, None)] * 1001
+    names |= {"loss_fn": torch.nn.functional.mse_loss, "x_guard": torch.rand(4, 3), "y_guard": torch.rand(4, 1)}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(blocks) >= 2
     for block in blocks:
