@@ -253,7 +253,8 @@ def test_ctrl_c_leaves_nothing(tmp_path):
         "def write(*a): print('writing', flush=True); time.sleep(5); old(*a)\n"
         "writing.write = write\n"
     )
-    command = [sys.executable, "-c", slow + SCRIPT, "forecast", *given, "--ahead", "1"]
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs may ignore it
+    command = [sys.executable, "-c", heard + slow + SCRIPT, "forecast", *given, "--ahead", "1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, "-o", str(tmp_path / "out.safetensors")], **pipes) as child:
         assert child.stdout.readline().startswith("writing")  # two threads may print at once
