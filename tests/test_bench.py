@@ -4,12 +4,14 @@ import contextlib
 import itertools
 import json
 import math
+import multiprocessing
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from joblib.externals import loky
 from scipy import stats
 from torch import nn
 
@@ -482,6 +484,15 @@ def test_digest_of_what_the_code_does(tmp_path):
     assert one == same != other
 
 
+@pytest.fixture
+def no_workers_afterwards():
+    """joblib keeps its processes for some minutes, and other tests look whether any are left."""
+    yield
+    loky.get_reusable_executor().shutdown(wait=True)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.usefixtures("no_workers_afterwards")
 def test_processes_agree_with_one_process(bowls, tmp_path):
     _, _, rows, _ = bowls
     settings = protocol.Settings(("optimizer", "mean"), seeds=3, jobs=2)
