@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
@@ -339,6 +339,32 @@ def fit_in_form(
         projected=projected,
         center=center,
         difference=difference,
+    )
+
+
+def leading(operator: Operator, rank: int) -> Operator:
+    """The operator that keeps only the first singular values: a block of one of higher rank, without another fit.
+
+    Args:
+        operator: fitted without `center`, whose mean is not among its directions.
+        rank: how many to keep, at least one.
+
+    Returns:
+        A view; its residual is that of `operator`, which is lower than its own.
+
+    >>> op = fit_in_form(torch.eye(4), snapshot_form=True)
+    >>> leading(op, 2).transition.shape
+    torch.Size([2, 2])
+    """
+    assert not operator.center
+    transition, basis = operator.transition[..., :rank, :rank], operator.basis[..., :rank]
+    return replace(
+        operator,
+        transition=transition,
+        start=operator.start[..., :rank],
+        basis=basis,
+        image=basis @ transition if operator.projected else operator.image[..., :rank],
+        rank=operator.rank.clamp_max(rank),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from koopt import distributed, linalg
 from koopt.forecasters import METHODS
-from koopt.operator import fit_in_form
+from koopt.operator import fit_in_form, leading
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,11 +96,12 @@ class Proposer:
         return torch.nn.functional.pad(found, (self.time - tail, 0))
 
     def _koopman(self, options: dict[str, Any], tail: int, horizon: float) -> Tensor:
-        fit_options = {name: value for name, value in options.items() if name != "max_modulus"}
-        key = (tail, *fit_options.items())
+        given = dict(options)
+        rank, max_modulus = given.pop("rank"), given.pop("max_modulus", None)
+        key = (tail, *given.items())
         if key not in self._operators:
             # increments do not see the reference, but states do: they need the weights themselves
-            differences = fit_options.get("difference", False)
+            differences = given.get("difference", False)
             rows = (
                 self.path[-tail:] if differences else distributed.triangular_factor(self.snapshots[-tail:], self.ranks)
             )
@@ -108,8 +109,8 @@ class Proposer:
             size = moved if differences else rows.norm().item()
             least = GRAM_ERROR if differences else linalg.EPS
             rtol = linalg.share_of_rounding(self._rounding, tail, size, least)
-            self._operators[key] = fit_in_form(rows, snapshot_form=True, rtol=rtol, **fit_options)
-        return self._operators[key].coefficients(horizon, options.get("max_modulus"))
+            self._operators[key] = fit_in_form(rows, snapshot_form=True, rank=max(RANKS), rtol=rtol, **given)
+        return leading(self._operators[key], rank).coefficients(horizon, max_modulus)
 
 
 def _path(snapshots: Tensor, ranks: Ranks | None) -> Tensor:
@@ -141,11 +142,12 @@ def roughness(snapshots: Float[Tensor, "time state"], ranks: Ranks | None = None
     >>> roughness(torch.arange(9.0)[:, None] ** 2) < 0.3
     True
     """
-    steps = distributed.sample(snapshots, SAMPLE, ranks).diff(dim=0)
-    half = len(steps) // 2
-    size, older = steps[half:].norm().item(), steps[:half].norm().item()
-    if not math.isfinite(size + older):
+    squared = linalg.gram(distributed.sample(snapshots, SAMPLE, ranks), lambda rows: rows.diff(dim=-2))
+    if not bool(squared.isfinite().all()):
         return math.nan
+    steps = linalg.factor_of_gram(squared)
+    half = len(steps) // 2
+    size = steps[half:].norm().item()
     if half < 2 or size == 0:
         return 0.0
     left, values, right = linalg.svd(steps[: half - 1])
@@ -243,10 +245,16 @@ def combined(
 
 @torch.no_grad()
 def _cast(parameters: Sequence[Tensor], flat: Tensor, ranks: Ranks | None, add: bool) -> list[Tensor] | None:
-    values = []
-    for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        exact = piece.view(parameter.shape).to(parameter.device)
-        values.append((parameter.to(torch.float64) + exact if add else exact).to(parameter.dtype))
+    """The pieces of `flat`, which is used up, in the shapes and dtypes of the parameters; None if one is not finite."""
+    sizes = [parameter.numel() for parameter in parameters]
+    if add:
+        for piece, parameter in zip(flat.split(sizes), parameters, strict=True):
+            piece.add_(parameter.reshape(-1).to(piece.device))
+    if len({(parameter.device, parameter.dtype) for parameter in parameters}) == 1:
+        flat = flat.to(parameters[0].device, parameters[0].dtype)  # at once, which is quicker than one by one
+    pieces = zip(flat.split(sizes), parameters, strict=True)
+    values = [piece.to(p.device, p.dtype).view(p.shape) for piece, p in pieces]
     # the sum is quick, and finite only if all values are; it may overflow where none does
-    finite = all(math.isfinite(value.sum().item()) or bool(value.isfinite().all()) for value in values)
+    checked = [flat] if flat.dtype == parameters[0].dtype else values
+    finite = all(math.isfinite(value.sum().item()) or bool(value.isfinite().all()) for value in checked)
     return values if distributed.everywhere(finite, ranks) else None

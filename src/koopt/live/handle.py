@@ -18,7 +18,7 @@ from koopt.live import evaluating, records, resuming
 from koopt.live import momentum as moments
 from koopt.live.budget import ENOUGH, MEAN, MOST, SNAPSHOT, Costs, Schedule
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, roughness
-from koopt.live.guard import buffers_kept, measure, undisturbed
+from koopt.live.guard import RandomState, buffers_kept, measure, undisturbed
 from koopt.live.jumps import Found, search
 from koopt.live.refreshing import refreshed, write_buffers
 from koopt.live.skipping import moving, skipped
@@ -87,6 +87,7 @@ class Live:
         self._callbacks: list[Callable[[Jump], object]] = []
         self._sound = False  # whether the guard has ever been finite
         self._evaluations = 0  # in the attempt that goes on
+        self._random: RandomState | None = None  # at its start
         self.steps = 0
         self.jumps: list[Jump] = []
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
@@ -340,7 +341,7 @@ class Live:
         proposer = Proposer(snapshots, self._ranks)
         if not bool(proposer.path.isfinite().all()):
             return Found("the recorded weights hold NaN or Inf"), {}
-        with self._weights.holding("a jump's guard") as saved:
+        with self._weights.holding("a jump's guard") as saved, self._same_numbers():
             before = self._measure(saved)
             if not math.isfinite(before):
                 if not self._sound:
@@ -387,7 +388,7 @@ class Live:
         self._weights.require_in(distributed.bare(self._model))
         window = self._tail if self._means is None else self._means
         assert window is not None
-        with self._weights.holding("a forecast's guard") as saved:
+        with self._weights.holding("a forecast's guard") as saved, self._same_numbers():
             if steps is None and self._guard is not None:
                 return evaluating.by_guard(window, saved, self._loss_at, self._taste, self.steps, self._ranks)
             return evaluating.by_rule(window, steps, saved, self._ranks)
@@ -401,4 +402,14 @@ class Live:
     def _loss_at(self, weights: Sequence[Tensor]) -> float:
         assert self._guard is not None
         self._weights.write(weights)
-        return distributed.mean_of(functools.partial(measure, self._guard, self._model), self._ranks, "guard")
+        measured = functools.partial(measure, self._guard, self._model, self._random)
+        return distributed.mean_of(measured, self._ranks, "guard")
+
+    @contextlib.contextmanager
+    def _same_numbers(self) -> Iterator[None]:
+        """All evaluations within see the same random numbers, whose state is read once: that takes as long as one."""
+        self._random = RandomState.now()
+        try:
+            yield
+        finally:
+            self._random = None

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-SAMPLES = 8  # of a block; momentum makes closer ones nearly alike
+SAMPLES = 4  # of a block; momentum makes closer ones nearly alike
 
 
 class Snapshots:
@@ -66,7 +66,7 @@ class BlockMeans:
     """Means of consecutive blocks of steps; when `window` of them are held, pairs merge and the block length doubles.
 
     So between half a window and a window of means covers all steps since the start, however many they are. Of a long
-    block only 8 steps, evenly spaced, are added up: successive weights differ little, and each costs a pass.
+    block only 4 steps, evenly spaced, are added up: successive weights differ little, and each costs a pass.
 
     Args:
         tensors: what is averaged; their number and shapes do not change.
