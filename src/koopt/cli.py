@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import signal
 import sys
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import koopt
+from koopt import terminal
 from koopt.checkpoint import command
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
 ORDER = ("de-solver", "mnist", "perceptron", "complexity", "horizon")
 HELP = {
@@ -132,18 +132,15 @@ def _experiment(name: str) -> Any:
 
 
 def _reproduce_one(given: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    settings = _settings(given.name, given)
-    with _progress() as progress:
+    with terminal.progress() as progress:
+        settings = _settings(given.name, given)
         rows = _experiment(given.name).reproduce(settings, given.output, progress)
     if rows is None:
         raise KeyboardInterrupt
     from koopt.experiments import report
 
     report.add_command(given.output, _command(given.name, given))
-    console = Console()
-    console.width = max(console.width, 100)  # a wrapped table is easier to read than a cut one
+    console = terminal.wide_console()
     for title, columns, listed in _experiment(given.name).tables(settings, rows):
         console.print(report.table(f"\n{title}", columns, [*listed, *report.paper_row(listed)]))
     for finding in report.findings(given.output):
@@ -161,7 +158,7 @@ def _reproduce_all(given: argparse.Namespace) -> int:
         _experiment(name).check(_settings(name, given))
     folders = {name: given.output / name for name in ORDER}
     failures, interrupted = [], False
-    with _progress() as progress:
+    with terminal.progress() as progress:
         for name in ORDER:
             more = _of_the_others(folders, given) if name == "horizon" else {}
             try:
@@ -196,20 +193,17 @@ def _of_the_others(folders: dict[str, Path], given: argparse.Namespace) -> dict[
 
 
 def _bench(given: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from koopt.bench import command, results
     from koopt.experiments import report
 
     methods = None if given.methods is None else tuple(name.strip() for name in given.methods.split(","))
     settings = command.settings(methods, given.seeds, given.seed, given.quick, given.jobs, given.report)
     folder = given.output or Path("results/bench") / ("" if given.task == "all" else given.task)
-    with _progress() as progress:
+    with terminal.progress() as progress:
         rows, failures = command.bench_named(given.task, settings, folder, progress)
     if (folder / "result.json").exists():
         report.add_command(folder, _bench_command(given))
-    console = Console()
-    console.width = max(console.width, 100)
+    console = terminal.wide_console()
     for title, columns, listed in results.tables(rows):
         console.print(report.table(f"\n{title}", columns, listed))
     for finding in report.findings(folder) if rows else ():
@@ -239,35 +233,3 @@ def _command(name: str, given: argparse.Namespace) -> str:
     words += [f"--optimizer {given.optimizer}"] if getattr(given, "optimizer", "all") != "all" else []
     words += [f"--horizon {horizon}" for horizon in getattr(given, "horizon", None) or ()]
     return " ".join(words)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars with an ETA, one a stage; nothing is shown before the first."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
-    ends = (TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    bars = Progress(*columns, *ends, console=Console(stderr=True))
-    tasks: dict[str, Any] = {}
-
-    def tell(stage: str, done: int, total: int) -> None:
-        if not tasks:
-            bars.start()
-        if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total)
-        bars.update(tasks[stage], completed=done)
-
-    try:
-        yield tell
-    finally:
-        if tasks:
-            bars.stop()

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from koopt import checkpoint
+from koopt import checkpoint, terminal
 from koopt.checkpoint import rules, spectrum
 from koopt.checkpoint.groups import BY
 from koopt.forecasters import METHODS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 COLUMNS = {
     "group": "group",
@@ -109,7 +109,7 @@ def run_forecast(given: argparse.Namespace) -> int:
         if given.dry_run:
             print(dry_run(given, options))
             return 0
-        with _bars() as progress:
+        with terminal.progress_in_bytes() as progress:
             found = checkpoint.forecast_checkpoints(
                 given.checkpoints,
                 given.ahead,
@@ -162,7 +162,7 @@ def run_spectrum(given: argparse.Namespace) -> int:
     from koopt.experiments import system
 
     system.require_folder(given.output, "--output")
-    with _one_line(), _bars() as progress:
+    with _one_line(), terminal.progress_in_bytes() as progress:
         plan, rows = spectrum.spectrum_of(
             given.checkpoints, given.by, progress=progress, **_chosen(given), **_options(given)
         )
@@ -214,46 +214,10 @@ def _one_line() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-@contextlib.contextmanager
-def _bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress in bytes with an ETA, one bar a pass."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description:<8}"), BarColumn(), DownloadColumn(binary_units=True))
-    console = Console(stderr=True)
-    bars = Progress(
-        *columns,
-        TransferSpeedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    tasks: dict[str, Any] = {}
-
-    def tell(stage: str, done: int, total: int) -> None:
-        if not tasks:
-            bars.start()
-        if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total)
-        bars.update(tasks[stage], completed=min(done, total))
-
-    try:
-        yield tell
-    finally:
-        if tasks:
-            bars.stop()
-
-
 def _print(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-
     from koopt.experiments import report
 
-    console = Console()
-    console.width = max(console.width, 100)
-    console.print(report.table(f"\n{title}", columns, rows[:MOST_LINES]))
+    terminal.wide_console().print(report.table(f"\n{title}", columns, rows[:MOST_LINES]))
     if len(rows) > MOST_LINES:
         print(f"... and {len(rows) - MOST_LINES} more groups")
 
