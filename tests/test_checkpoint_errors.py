@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import contents, refused, run
 from safetensors.torch import load_file, save_file
 
 import koopt
-from koopt import cli
 from koopt.checkpoint import writing
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -40,30 +40,6 @@ def paths(tmp_path):
     for t, path in enumerate(made):
         save_file(state(t), path)
     return made
-
-
-def run(capsys, *arguments):
-    try:
-        code = cli.main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        code = end.code
-    return code, *capsys.readouterr()
-
-
-def contents(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def refused(capsys, folder, *arguments):
-    """The one line of a refusal that changes no file."""
-    before = contents(folder)
-    code, out, err = run(capsys, *arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("koopt")
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
-    assert contents(folder) == before
-    return err
 
 
 def rewrite(path, **changed):

@@ -12,6 +12,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from commands import refused, run
 
 import koopt
 from koopt import cli
@@ -19,15 +20,6 @@ from koopt.experiments import methods, recording
 
 DE_SOLVER = ("reproduce", "de-solver")
 Usage = namedtuple("Usage", "total used free")
-
-
-def run(capsys, *arguments):
-    """Exit code, stdout and stderr of a command in this process."""
-    try:
-        code = cli.main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        code = end.code
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture
@@ -38,22 +30,6 @@ def earlier(tmp_path):
     (folder / "result.json").write_text("{}")
     (folder / "figure2-adam.png").write_bytes(b"picture")
     return folder
-
-
-def listing(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def refused(capsys, folder, *arguments):
-    """The one line of a refusal that leaves earlier results in place."""
-    before = listing(folder)
-    code, out, err = run(capsys, *arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("koopt")
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
-    assert listing(folder) == before
-    return err
 
 
 OPTIONS = {
