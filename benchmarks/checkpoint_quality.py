@@ -1,16 +1,19 @@
 """What forecasts from saved checkpoints are worth: validation loss beside the last checkpoint and their mean.
 
-    python benchmarks/checkpoint_quality.py --seeds 1000 1001
+    python benchmarks/checkpoint_quality.py --seeds 0 1 2
 
-Networks are trained with AdamW at a constant rate and saved at even steps, in float32 and in bfloat16. From each origin
-the last `WINDOW` checkpoints are forecast by `koopt.forecast_checkpoints`, as anyone would from files, by rules that
-were fixed before the first run. The table shows the validation loss over that of the last checkpoint, averaged over
-origins and seeds (geometric mean; below 1 is better), and the share of origins where it is below both that and the loss
-of the window's mean. The validation split is not trained on; the test split is not read.
+Networks are trained with AdamW at a constant rate and saved at even steps, as they are and as the mean of the weights
+since the last save. From each origin the last `WINDOW` checkpoints, in float32 or bfloat16, are forecast by
+`koopt.forecast_checkpoints`, as anyone would from files. The table shows the validation loss over that of the last
+checkpoint, averaged over origins and seeds (geometric mean; below 1 is better), and the share of origins where it is
+below both that and the loss of the window's mean. The validation split is not trained on; the test split is not read.
+Checkpoints and losses are kept in the output folder, so that a run that was stopped goes on.
 """
 
 import argparse
+import json
 import math
+import os
 import tempfile
 from pathlib import Path
 
@@ -21,73 +24,122 @@ import koopt
 from koopt.bench.tasks import TASKS
 from koopt.experiments import report
 
-TASKS_USED = {"mnist-mlp": (852, 8, 1e-3), "shakespeare": (100, 14, 2e-3)}  # steps apart, checkpoints, rate
+SETS = {  # task, steps between checkpoints, how many of them, rate
+    "mnist-mlp, each epoch": ("mnist-mlp", 852, 10, 1e-3),
+    "shakespeare, each epoch": ("shakespeare", 980, 10, 2e-3),
+    "shakespeare, each 100 steps": ("shakespeare", 100, 14, 2e-3),
+}
+SAVED = {"weights": "float32", "weights, bfloat16": "bfloat16", "means": "float32", "means, bfloat16": "bfloat16"}
 WINDOW = 5
+FULL = WINDOW - 1  # all ranks that so many checkpoints have
 RULES = {
     "mean": {"method": "mean"},
     "mean of 2": {"method": "mean", "window": 2},
     "line": {"method": "line"},
     "regression": {"method": "regression"},
-    "koopman, all ranks (default)": {},
-    "koopman, layer, all ranks": {"by": "layer"},
+    "koopman (default)": {},
+    "koopman, layer (default)": {"by": "layer"},
+    "koopman, all ranks": {"rank": FULL},
+    "koopman, rank 1": {"rank": 1},
     "koopman, rank 2": {"rank": 2},
+    "koopman, rank 3": {"rank": 3},
+    "koopman, rank 2, moduli <= 1": {"rank": 2, "max_modulus": 1.0},
+    "koopman, rank 1, projected": {"rank": 1, "projected": True},
     "koopman, rank 2, projected": {"rank": 2, "projected": True},
-    "koopman, layer, rank 2, projected": {"rank": 2, "projected": True, "by": "layer"},
-    "koopman, node, rank 2, projected": {"rank": 2, "projected": True, "by": "node"},
+    "koopman, node, rank 2": {"rank": 2, "by": "node"},
+    "koopman, affine, rank 1": {"rank": 1, "center": True},
     "koopman, steps, rank 1": {"rank": 1, "difference": True},
     "koopman, steps, rank 2": {"rank": 2, "difference": True},
     "ensemble": {"method": "ensemble"},
 }
-AHEAD = (0.5, 1.0, 2.0)  # in checkpoints
 TIMELESS = ("mean", "mean of 2")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1000, 1001])
-    parser.add_argument("--tasks", nargs="+", choices=TASKS_USED, default=list(TASKS_USED))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1000, 1001, 1002])
+    parser.add_argument("--tasks", nargs="+", choices=sorted({task for task, *_ in SETS.values()}))
     parser.add_argument("--output", type=Path, default=Path("results/checkpoint-quality"))
+    parser.add_argument("--saved", nargs="+", choices=SAVED, default=list(SAVED))
+    parser.add_argument("--ahead", type=float, nargs="+", default=[0.5, 1.0], help="in checkpoints (%(default)s)")
+    parser.add_argument("--train-only", action="store_true", help="save the checkpoints and stop")
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for name in given.tasks:
+    for name, (task, *_) in SETS.items():
+        if given.tasks and task not in given.tasks:
+            continue
         found = {}
         for seed in given.seeds:
-            with tempfile.TemporaryDirectory() as folder:
-                measure(name, seed, Path(folder), found)
-        rows += table(name, found)
-    given.output.mkdir(parents=True, exist_ok=True)
-    report.write_result(given.output, "checkpoint-quality", {"seeds": given.seeds, "window": WINDOW}, rows, [])
+            folder = given.output / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            train(name, seed, folder)
+            if given.train_only:
+                continue
+            for key, ratios in measured(name, seed, folder, given).items():
+                found.setdefault(key, []).extend(ratios)
+        rows += table(name, found, given) if found else []
+    if rows:
+        report.write_result(given.output, "checkpoint-quality", {"seeds": given.seeds, "window": WINDOW}, rows, [])
 
 
-def measure(name, seed, folder, found):
-    """Train, save, forecast, evaluate; adds (loss / loss of the last, whether it beats last and mean) to `found`."""
-    every, count, rate = TASKS_USED[name]
-    problem = TASKS[name].problem(seed, False)
+def train(name, seed, folder):
+    """Save each checkpoint as `weights_STEP` and the mean of the steps since the one before as `means_STEP`."""
+    task, every, count, rate = SETS[name]
+    if (folder / f"means_{every * count}.safetensors").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    problem = TASKS[task].problem(seed, False)
     optimizer = torch.optim.AdamW(problem.model.parameters(), lr=rate)
-    saved = {"float32": [], "bfloat16": []}
     for i in range(count):
+        total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in problem.model.named_parameters()}
         for _ in range(every):
             optimizer.zero_grad()
             problem.loss(problem.batch()).backward()
             optimizer.step()
-        for dtype, paths in saved.items():
-            state = {
-                n: t.detach().to(getattr(torch, dtype)).contiguous() for n, t in problem.model.state_dict().items()
-            }
-            paths.append(folder / f"{dtype}_step_{every * (i + 1)}.safetensors")
-            save_file(state, paths[-1])
-    for dtype, paths in saved.items():
+            with torch.no_grad():
+                for n, p in problem.model.named_parameters():
+                    total[n] += p
+        state = {n: t.detach().contiguous() for n, t in problem.model.state_dict().items()}
+        means = state | {n: (t / every).to(state[n].dtype) for n, t in total.items()}
+        for kind, held in (("weights", state), ("means", means)):
+            path = folder / f"{kind}_{every * (i + 1)}.safetensors"
+            save_file(held, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+
+
+def measured(name, seed, folder, given):
+    """Lists over origins of (loss over that of the last, whether below both last and mean), by saved, rule, ahead."""
+    task, every, count, _ = SETS[name]
+    kept = folder / "losses.json"
+    losses = json.loads(kept.read_text()) if kept.exists() else {}
+    problem = TASKS[task].problem(seed, False)
+    with tempfile.TemporaryDirectory() as place:
+        for saved in given.saved:
+            dtype, paths = SAVED[saved], []
+            for i in range(count):
+                source = folder / f"{saved.partition(',')[0]}_{every * (i + 1)}.safetensors"
+                paths.append(Path(place) / f"{source.stem}_{dtype}_step_{every * (i + 1)}.safetensors")
+                save_file({n: t.to(getattr(torch, dtype)) for n, t in load_file(source).items()}, paths[-1])
+            for origin in range(WINDOW, count + 1):
+                window = paths[origin - WINDOW : origin]
+                asked = [("last", None, {"method": "last"})]
+                for label, options in RULES.items():
+                    asked += [(label, ahead, options) for ahead in ((None,) if label in TIMELESS else given.ahead)]
+                for _, ahead, options in asked:
+                    key = json.dumps([saved, origin, ahead, options])
+                    if key not in losses or not options or options == {"by": "layer"}:  # defaults may have changed
+                        output = Path(place) / "future.safetensors"
+                        losses[key] = forecast_loss(problem, window, every * (ahead or 1), dict(options), output)
+            kept.write_text(json.dumps(losses))
+    found = {}
+    for saved in given.saved:
         for origin in range(WINDOW, count + 1):
-            window = paths[origin - WINDOW : origin]
-            last = loss_at(problem, window[-1])
-            mean = None
+            last, mean = (losses[json.dumps([saved, origin, None, {"method": m}])] for m in ("last", "mean"))
             for label, options in RULES.items():
-                for ahead in AHEAD[:1] if label in TIMELESS else AHEAD:
-                    loss = forecast_loss(problem, window, every * ahead, dict(options), folder / "future.safetensors")
-                    mean = loss if label == "mean" else mean
-                    key = dtype, label, None if label in TIMELESS else ahead
-                    found.setdefault(key, []).append((loss / last, loss < min(last, mean)))
+                for ahead in (None,) if label in TIMELESS else given.ahead:
+                    loss = losses[json.dumps([saved, origin, ahead, options])]
+                    found.setdefault((saved, label, ahead), []).append((loss / last, loss < min(last, mean)))
+    return found
 
 
 def forecast_loss(problem, window, ahead, options, output):
@@ -103,30 +155,23 @@ def loss_at(problem, path):
     problem.model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     problem.refresh()
     loss = problem.validate()
-    return loss if math.isfinite(loss) else math.inf
+    return loss if math.isfinite(loss) else 1e300
 
 
-def table(name, found):
+def table(name, found, given):
     rows = []
     print(f"\n{name}: loss over that of the last checkpoint (share of origins below last and mean)")
-    for dtype in ("float32", "bfloat16"):
+    for saved in given.saved:
         for label in RULES:
             cells = []
-            for ahead in (None,) if label in TIMELESS else AHEAD:
-                ratios = found[dtype, label, ahead]
+            for ahead in (None,) if label in TIMELESS else given.ahead:
+                ratios = found[saved, label, ahead]
                 ratio = math.exp(sum(math.log(min(r, 1e3)) for r, _ in ratios) / len(ratios))
                 share = sum(better for _, better in ratios) / len(ratios)
                 cells.append(f"{'' if ahead is None else f'+{ahead:g}: '}{ratio:.3f} ({share:.0%})")
-                row = {
-                    "task": name,
-                    "dtype": dtype,
-                    "method": label,
-                    "ahead": ahead,
-                    "loss_ratio": ratio,
-                    "wins": share,
-                }
-                rows.append(row | {"origins": len(ratios)})
-            print(f"  {dtype:>8}  {label:<34} {'   '.join(cells)}", flush=True)
+                row = {"set": name, "saved": saved, "method": label, "ahead": ahead, "loss_ratio": ratio}
+                rows.append(row | {"wins": share, "origins": len(ratios)})
+            print(f"  {saved:>17}  {label:<30} {'   '.join(cells)}", flush=True)
     return rows
 
 

@@ -26,6 +26,7 @@ SWEEPS = 3
 FEW = 128  # rows in all up to which a full eigendecomposition takes less time than the calls of a sweep
 CHUNK = 4096  # columns of a tall factor at a time, so that a piece stays in cache
 WIDE_CHUNK = 16 * CHUNK  # where a piece is only multiplied
+MANY = 4 * WIDE_CHUNK  # columns beyond which a processor's cache counts for more than the number of calls
 
 
 def triangular_factor(
@@ -63,7 +64,7 @@ def gram(
     tensor([[25.]], dtype=torch.float64)
     """
     total = None
-    for piece in _pieces(rows, WIDE_CHUNK, prepare):
+    for piece in _pieces(rows, _width(rows), prepare):
         product = piece @ piece.mT
         total = product if total is None else total.add_(product)
     assert total is not None
@@ -107,8 +108,12 @@ def combine(
     tensor([3.])
     """
     weights = coefficients.to(torch.float64).unsqueeze(-2)
-    pieces = [(weights @ piece).squeeze(-2).to(dtype or rows.dtype) for piece in _pieces(rows, WIDE_CHUNK)]
-    return torch.cat(pieces, dim=-1)
+    shape = (*torch.broadcast_shapes(weights.shape[:-2], rows.shape[:-2]), rows.shape[-1])
+    combined = torch.empty(shape, dtype=dtype or rows.dtype, device=rows.device)
+    width = _width(rows)
+    for piece, place in zip(_pieces(rows, width), combined.split(width, dim=-1), strict=True):
+        place.copy_((weights @ piece).squeeze(-2))
+    return combined
 
 
 def combine_columns(
@@ -135,6 +140,11 @@ def inner(
     for piece, part in zip(_pieces(rows, WIDE_CHUNK), _pieces(vector, WIDE_CHUNK), strict=True):
         total += (piece @ part.unsqueeze(-1)).squeeze(-1)
     return total
+
+
+def _width(rows: Tensor) -> int:
+    """Columns of a piece that is only multiplied: few enough for a processor's cache, if it is a processor's."""
+    return WIDE_CHUNK if rows.is_cuda or rows.shape[-1] <= MANY else 2 * CHUNK
 
 
 def _pieces(rows: Tensor, width: int, prepare: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
