@@ -19,7 +19,7 @@ from torch import nn
 
 import koopt
 from koopt import linalg
-from koopt.distributed import counting
+from koopt.exchange import counting
 from koopt.live.candidates import moved
 from koopt.live.window import BlockMeans, Snapshots
 

@@ -21,7 +21,7 @@ from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 import koopt
-from koopt.distributed import counting
+from koopt.exchange import counting
 
 SECONDS = 20  # after which a process that waits gives up
 OPTIONS = {"cycle": 12, "tail": 8, "window": 8, "max_overhead": 0.5}

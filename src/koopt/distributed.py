@@ -1,25 +1,19 @@
-"""Several processes that train one model: sums over their weights, and one decision for all of them.
-
-What is exchanged are k x k matrices and single numbers, never weights. They go over a gloo group of koopt's own, on the
-CPU: so they do not mix with the collectives of a guard, and a process that is gone is an error, not a hanging kernel.
-"""
+"""Several processes that train one model: who they are, and one decision for all of them."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from koopt import linalg
+from koopt.exchange import Ranks, all_reduce, answered, counted, first
 from koopt.sharding import is_sharded, local, mesh_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from jaxtyping import Float
     from torch import Tensor, nn
     from torch.distributed import ProcessGroup
 
@@ -27,47 +21,6 @@ if TYPE_CHECKING:
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 MESSAGE = 256  # bytes of an error that others are told
-_counters: list[Traffic] = []
-
-
-class Ranks(NamedTuple):
-    """The processes that train one model together; None in its place: this process alone.
-
-    Attributes:
-        group: of koopt's own, for small tensors on the CPU.
-        owned: the recorded columns that this process contributes to sums, so that each weight is counted once: all
-            columns of a shard, an equal share of what several processes hold.
-        total: columns of all processes.
-    """
-
-    group: ProcessGroup
-    owned: tuple[slice, ...]
-    total: int
-
-
-class Traffic:
-    """What was exchanged: calls, and the bytes that went through this process."""
-
-    def __init__(self) -> None:
-        self.calls, self.bytes = 0, 0
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[Traffic]:
-    """Count all that koopt exchanges within.
-
-    >>> with counting() as traffic:
-    ...     everywhere(True, None)
-    True
-    >>> traffic.bytes
-    0
-    """
-    traffic = Traffic()
-    _counters.append(traffic)
-    try:
-        yield traffic
-    finally:
-        _counters.remove(traffic)
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -173,9 +126,6 @@ def _owned(parameters: Sequence[Tensor], rank: int, size: int) -> tuple[slice, .
     return tuple(owned)
 
 
-# one decision
-
-
 def everywhere(flag: bool, ranks: Ranks | None) -> bool:
     """Whether it holds in every process.
 
@@ -184,7 +134,7 @@ def everywhere(flag: bool, ranks: Ranks | None) -> bool:
     """
     if ranks is None:
         return flag
-    return bool(_all_reduce(torch.tensor([float(flag)], dtype=torch.float64), ranks, "MIN"))
+    return bool(all_reduce(torch.tensor([float(flag)], dtype=torch.float64), ranks, "MIN"))
 
 
 def alike(numbers: Sequence[int], ranks: Ranks | None) -> list[bool]:
@@ -196,7 +146,7 @@ def alike(numbers: Sequence[int], ranks: Ranks | None) -> list[bool]:
     if ranks is None:
         return [True] * len(numbers)
     own = torch.tensor(list(numbers), dtype=torch.int64)
-    largest, negative = _all_reduce(torch.stack([own, -own]), ranks, "MAX")
+    largest, negative = all_reduce(torch.stack([own, -own]), ranks, "MAX")
     return (largest == -negative).tolist()
 
 
@@ -210,7 +160,7 @@ def union(indices: list[int], count: int, ranks: Ranks | None) -> list[int]:
         return indices
     named = torch.zeros(count, dtype=torch.float64)
     named[indices] = 1.0
-    return _all_reduce(named, ranks, "MAX").nonzero().flatten().tolist()
+    return all_reduce(named, ranks, "MAX").nonzero().flatten().tolist()
 
 
 def unlike(steps: int, parameters: Iterable[Tensor], ranks: Ranks | None) -> str:
@@ -234,16 +184,6 @@ def agreed(coefficients: Tensor | None, time: int, ranks: Ranks | None) -> Tenso
     shared = torch.full((time,), math.nan, dtype=torch.float64) if coefficients is None else coefficients
     shared = first(shared.to("cpu", torch.float64), ranks)
     return shared if bool(shared.isfinite().all()) else None
-
-
-def first(tensor: Tensor, ranks: Ranks | None) -> Tensor:
-    """A tensor of the first process."""
-    if ranks is None:
-        return tensor
-    tensor = tensor.contiguous()
-    with _answered():
-        torch.distributed.broadcast(tensor, group=ranks.group, group_src=0)
-    return _counted(tensor)
 
 
 def together(function: Callable[[], T], ranks: Ranks | None, what: str) -> T:
@@ -276,7 +216,7 @@ def mean_of(function: Callable[[], float], ranks: Ranks | None, what: str) -> fl
     except Exception as caught:
         error = caught
     try:
-        total, failed = _all_reduce(torch.tensor([value, error is not None], dtype=torch.float64), ranks).tolist()
+        total, failed = all_reduce(torch.tensor([value, error is not None], dtype=torch.float64), ranks).tolist()
         said = _messages(error, ranks) if failed else []
     except RuntimeError:
         if error is not None:
@@ -296,83 +236,9 @@ def _messages(error: Exception | None, ranks: Ranks) -> list[str]:
     own = torch.zeros(MESSAGE, dtype=torch.uint8)
     own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else own[:0]
     found = [torch.zeros_like(own) for _ in range(ranks.group.size())]
-    with _answered():
+    with answered():
         torch.distributed.all_gather(found, own, group=ranks.group)
-    return [bytes(_counted(one).tolist()).rstrip(b"\0").decode(errors="replace") for one in found]
-
-
-# sums over the weights of all processes
-
-
-def gram(
-    rows: Float[Tensor, "time state"], ranks: Ranks | None, prepare: Callable[[Tensor], Tensor] | None = None
-) -> Float[Tensor, "prepared prepared"]:
-    """:func:`linalg.gram` over the columns of all processes, on the CPU.
-
-    >>> gram(torch.tensor([[3.0, 4.0]]), None)
-    tensor([[25.]], dtype=torch.float64)
-    """
-    if ranks is None:
-        return linalg.gram(rows, prepare).cpu()
-    own = torch.stack([linalg.gram(rows[:, part], prepare) for part in ranks.owned]).sum(dim=0)
-    return _all_reduce(own.cpu(), ranks)
-
-
-def norm(vector: Float[Tensor, " state"], ranks: Ranks | None) -> float:
-    """The norm in float64, over all processes.
-
-    >>> norm(torch.tensor([3.0, 4.0]), None)
-    5.0
-    """
-    if ranks is None:
-        return vector.to(torch.float64).norm().item()
-    return gram(vector[None], ranks).sqrt().item()
-
-
-def triangular_factor(rows: Float[Tensor, "time state"], ranks: Ranks | None) -> Float[Tensor, "time rank"]:
-    """:func:`linalg.triangular_factor` over the columns of all processes, on the CPU.
-
-    Source: Demmel, Grigori, Hoemmen & Langou (2012), parallel TSQR: factors merge in pairs, up a tree.
-
-    >>> triangular_factor(torch.tensor([[3.0, 4.0]]), None).abs()
-    tensor([[5.]], dtype=torch.float64)
-    """
-    if ranks is None:
-        return linalg.triangular_factor(rows).cpu()
-    own = torch.cat([rows[:, part] for part in ranks.owned], dim=1)
-    return _merged(linalg.triangular_factor(own).cpu(), ranks)
-
-
-def _merged(factor: Tensor, ranks: Ranks) -> Tensor:
-    time = len(factor)
-    factor = torch.nn.functional.pad(factor, (0, time - factor.shape[1])).contiguous()
-    dist, rank, size, span = torch.distributed, ranks.group.rank(), ranks.group.size(), 1
-    while span < size:
-        if rank % (2 * span):
-            with _answered():
-                dist.send(factor, group=ranks.group, group_dst=rank - span)
-            _counted(factor)
-            break
-        if rank + span < size:
-            other = torch.empty_like(factor)
-            with _answered():
-                dist.recv(other, group=ranks.group, group_src=rank + span)
-            factor = linalg.triangular_factor(torch.cat([factor, _counted(other)], dim=1)).contiguous()
-        span *= 2
-    return first(factor, ranks)
-
-
-def sample(snapshots: Float[Tensor, "time state"], size: int, ranks: Ranks | None) -> Float[Tensor, "time sample"]:
-    """Some columns, evenly spaced, in float64 on the CPU; of several processes in an orthonormal basis of their own.
-
-    >>> sample(torch.arange(4.0)[None], 2, None)
-    tensor([[0., 2.]], dtype=torch.float64)
-    """
-    every = -(-(snapshots.shape[1] if ranks is None else ranks.total) // size)
-    if ranks is None:
-        return snapshots[:, ::every].cpu().to(torch.float64)
-    own = torch.cat([snapshots[:, part][:, ::every] for part in ranks.owned], dim=1)
-    return _merged(linalg.triangular_factor(own).cpu(), ranks)
+    return [bytes(counted(one).tolist()).rstrip(b"\0").decode(errors="replace") for one in found]
 
 
 def fingerprint(parameters: Iterable[Tensor]) -> int:
@@ -397,30 +263,3 @@ def settle(parameters: Iterable[Tensor], ranks: Ranks | None) -> None:
     for parameter in parameters:
         if not is_sharded(parameter):
             parameter.copy_(first(parameter.detach().cpu(), ranks))
-
-
-# what goes over the wire
-
-
-def _all_reduce(tensor: Tensor, ranks: Ranks, operation: str = "SUM") -> Tensor:
-    with _answered():
-        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation), group=ranks.group)
-    return _counted(tensor)
-
-
-def _counted(tensor: Tensor) -> Tensor:
-    for traffic in _counters:
-        traffic.calls, traffic.bytes = traffic.calls + 1, traffic.bytes + tensor.nbytes
-    return tensor
-
-
-@contextlib.contextmanager
-def _answered() -> Iterator[None]:
-    """Name the cause where others do not answer."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            "another process of this run has ended or did not take part in time: jumps, forecast() and "
-            f"load_state_dict() are for all processes at once ({str(error)[:200]})"
-        ) from error

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from koopt import distributed, linalg
+from koopt import distributed, linalg, reductions
 from koopt.forecasters import METHODS
 from koopt.operator import fit_in_form, leading
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from koopt.distributed import Ranks
+    from koopt.exchange import Ranks
 
 START = 4 / 3  # the first horizon of a jump, in lengths of the tail
 LONGEST, SHORTEST = 200.0, 0.1
@@ -68,7 +68,7 @@ class Proposer:
         self.time = len(snapshots)
         self.snapshots, self.ranks = snapshots, ranks
         self.path = _path(snapshots, ranks)
-        last = distributed.norm(snapshots[-1], ranks)
+        last = reductions.norm(snapshots[-1], ranks)
         self._rounding = torch.finfo(snapshots.dtype).eps * last
         self._operators: dict[tuple[Any, ...], Any] = {}
 
@@ -103,7 +103,7 @@ class Proposer:
             # increments do not see the reference, but states do: they need the weights themselves
             differences = given.get("difference", False)
             rows = (
-                self.path[-tail:] if differences else distributed.triangular_factor(self.snapshots[-tail:], self.ranks)
+                self.path[-tail:] if differences else reductions.triangular_factor(self.snapshots[-tail:], self.ranks)
             )
             moved = rows.diff(dim=0).norm().item()
             size = moved if differences else rows.norm().item()
@@ -119,7 +119,7 @@ def _path(snapshots: Tensor, ranks: Ranks | None) -> Tensor:
     Near-straight motion is small beside the weights, but not in increments, whose Gram matrix is several times cheaper
     than an orthogonal factor and good enough for the few directions that a jump uses.
     """
-    squared = distributed.gram(snapshots, ranks, lambda rows: rows.diff(dim=-2))
+    squared = reductions.gram(snapshots, ranks, lambda rows: rows.diff(dim=-2))
     if not bool(squared.isfinite().all()):
         return torch.full_like(squared, math.nan)
     path = torch.nn.functional.pad(linalg.factor_of_gram(squared).cumsum(dim=0), (0, 0, 1, 0))
@@ -142,7 +142,7 @@ def roughness(snapshots: Float[Tensor, "time state"], ranks: Ranks | None = None
     >>> roughness(torch.arange(9.0)[:, None] ** 2) < 0.3
     True
     """
-    squared = linalg.gram(distributed.sample(snapshots, SAMPLE, ranks), lambda rows: rows.diff(dim=-2))
+    squared = linalg.gram(reductions.sample(snapshots, SAMPLE, ranks), lambda rows: rows.diff(dim=-2))
     if not bool(squared.isfinite().all()):
         return math.nan
     steps = linalg.factor_of_gram(squared)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from koopt import distributed, linalg
+from koopt import exchange, linalg, reductions
 from koopt.forecasters import METHODS, RESOLVED
 from koopt.live.candidates import FAMILIES, FEWEST, Candidate, Proposer, combined, gain
 from koopt.live.window import BlockMeans, Snapshots
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from koopt.distributed import Ranks
+    from koopt.exchange import Ranks
 
 ENOUGH = 8  # block means for an operator; with fewer the average does better
 SLOW = {"rank": 2, "projected": True, "max_modulus": 1.0}
@@ -166,11 +166,11 @@ def _made(
     rows: Float[Tensor, "time state"], now: Sequence[Tensor], blends: Sequence[Sequence[Part]], ranks: Ranks | None
 ) -> list[list[Tensor] | None]:
     """The weights of each blend; None where one is not finite."""
-    squared = distributed.gram(rows, ranks) if len(rows) else torch.full((1, 1), math.nan)
+    squared = reductions.gram(rows, ranks) if len(rows) else torch.full((1, 1), math.nan)
     if not bool(squared.isfinite().all()):
         return [None] * len(blends)
     factor = linalg.factor_of_gram(squared)
-    coefficients = distributed.first(torch.stack([blended(factor, blend) for blend in blends]), ranks)
+    coefficients = exchange.first(torch.stack([blended(factor, blend) for blend in blends]), ranks)
     return [combined(now, rows, own, ranks) for own in coefficients]
 
 

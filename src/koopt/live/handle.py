@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from koopt.distributed import Ranks
+    from koopt.exchange import Ranks
     from koopt.live.jumps import Jump
     from koopt.live.settings import Settings
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from koopt.distributed import Ranks
+    from koopt.exchange import Ranks
 
 POLICIES = ("keep", "reset", "scale", "combine")
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # as torch.optim names them
