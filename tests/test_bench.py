@@ -391,6 +391,23 @@ def test_nothing_runs_twice(bowls, monkeypatch):
     assert {row["method"] for row in of(few, "targets")} == {"optimizer", "koopt"}
 
 
+def test_against_the_same_run_without_koopt_and_to_the_end_of_a_cosine(tmp_path):
+    def trainer(name, times, without=()):
+        return Trainer(name, lambda p, s, _: Descent(p, times * s["rate"]), lambda _: [{"rate": 0.5}], without=without)
+
+    few = {"optimizer": trainer("optimizer", 1.0), "cosine": trainer("cosine", 0.5)}
+    few |= {"noisy": METHODS["noisy"], "better": trainer("better", 2.0, ("noisy", "optimizer"))}
+    few |= {"worse": trainer("worse", 0.5, ("noisy", "optimizer")), "alone": trainer("alone", 0.5, ("noisy",))}
+    rows, failures = command.bench(protocol.Settings(seeds=3), BOWL, few, tmp_path)
+    assert failures == []
+    found = {row["method"]: row["worse_than_without"] for row in of(rows, "targets", target=1.0)}
+    assert found == {"optimizer": None, "cosine": None, "better": 0, "worse": 3, "alone": None}
+    [own], [twice] = (of(rows, "cosine", method=name) for name in ("cosine", "optimizer"))
+    assert (own["cost_share"], own["reached"]) == (1.0, 2)
+    # the slow direction shrinks by 1 - rate/4 a step
+    assert twice["cost_share"] == pytest.approx(math.log(1 - 0.25 / 4) / math.log(1 - 0.5 / 4), abs=0.01)
+
+
 def test_interrupted_and_resumed(bowls, tmp_path, monkeypatch):
     _, settings, rows, _ = bowls
     made, real = [], run

@@ -42,6 +42,7 @@ class Trainer:
         options: changes of a setting, searched afterwards at the two best settings of the grid.
         guard: whether it needs the guard's split.
         full_batch: None: for all tasks; True or False: only for such tasks.
+        without: names of the trainers that it is without koopt, the first that is for a task; none if it is not koopt.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Trainer:
     options: tuple[Mapping[str, Any], ...] = ()
     guard: bool = False
     full_batch: bool | None = None
+    without: tuple[str, ...] = ()
 
 
 class Observing(Protocol):

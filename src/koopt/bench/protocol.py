@@ -77,6 +77,7 @@ class Outcome:
         targets: losses, one for each of SHARES.
         search: by method.
         records: by method, then by seed.
+        without: by method of koopt, then by seed: the same trainer with the same setting, without koopt.
         failed: methods that stopped with an error, and why.
         outdated: sources that have changed since trials were made.
     """
@@ -85,6 +86,7 @@ class Outcome:
     targets: list[float]
     search: dict[str, Search]
     records: dict[str, dict[int, Record]]
+    without: dict[str, dict[int, Record]]
     failed: dict[str, str]
     outdated: set[str]
 
@@ -135,7 +137,7 @@ def conduct(
     found = _narrowed({BASELINE: grids[BASELINE]}, dict.fromkeys([BASELINE], final), trials, "baseline", progress)
     tuned = found[BASELINE].chosen
     if tuned is None:
-        return Outcome(task, [], found, {}, trials.failed, trials.outdated)
+        return Outcome(task, [], found, {}, {}, trials.failed, trials.outdated)
     records = {seed: record for seed in TUNING if (record := trials.get(tuned, seed)) is not None}
     aims = {seed: _losses_at_shares(record, task) for seed, record in records.items()}
 
@@ -155,8 +157,9 @@ def conduct(
         found[name] = _best_of(found[name].tried + search.tried)
 
     chosen = {name: search.chosen for name, search in found.items() if search.chosen is not None}
+    alone = {name: without for name, way in chosen.items() if (without := _without(way, methods, task)) is not None}
     trials.make(
-        [(way, seed) for seed in settings.reported for way in chosen.values()],
+        [(way, seed) for seed in settings.reported for way in (*chosen.values(), *alone.values())],
         f"{task.name}: seeds",
         progress,
         test=True,
@@ -166,7 +169,9 @@ def conduct(
     plain = kept.get(BASELINE, {}).values()
     losses = [_losses_at_shares(record, task) for record in plain]
     targets = [statistics.reached_by_half(list(column)) for column in zip(*losses, strict=True)]
-    return Outcome(task, targets, {n: found[n] for n in names if n in found}, kept, trials.failed, trials.outdated)
+    without = {name: records for name, way in alone.items() if (records := _records(trials, way, settings))}
+    ordered = {name: found[name] for name in names if name in found}
+    return Outcome(task, targets, ordered, kept, without, trials.failed, trials.outdated)
 
 
 def serving(settings: Settings, methods: Mapping[str, Trainer | Observer], task: Task) -> tuple[str, ...]:
@@ -191,6 +196,15 @@ def _ways(name: str, methods: Mapping[str, Trainer | Observer], task: Task, quic
     assert isinstance(beside, Trainer)
     runs = beside.grid(task)[:most]
     return [Way(name, beside, setting, method, observing) for setting in runs for observing in method.grid[:most]]
+
+
+def _without(way: Way, methods: Mapping[str, Trainer | Observer], task: Task) -> Way | None:
+    """The same training without koopt."""
+    for name in way.trainer.without:
+        trainer = methods[name]
+        if isinstance(trainer, Trainer) and trainer.full_batch in (None, task.full_batch):
+            return Way(name, trainer, {key: value for key, value in way.setting.items() if key != "evaluated"})
+    return None
 
 
 def _with_options(search: Search, method: Trainer | Observer, quick: bool) -> list[Way]:

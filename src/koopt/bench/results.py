@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from koopt.bench.protocol import Outcome
     from koopt.bench.run import Record
 
+COSINE = "cosine"  # the tuned optimizer with this schedule
 WORSE = 1.02  # times the final loss of the same seed of the plain optimizer
 MEASURES = ("steps", "cost", "seconds")  # each as a share of what the baseline spends in all
 
 
 def rows(outcome: Outcome) -> list[dict[str, Any]]:
-    """All rows of a task: "table" tells to which they belong, "targets", "ratios" or "search"."""
-    return [*_targets(outcome), *_ratios(outcome), *_searched(outcome)]
+    """All rows of a task: "table" tells to which they belong, "targets", "cosine", "ratios" or "search"."""
+    return [*_targets(outcome), *_to_cosine(outcome), *_ratios(outcome), *_searched(outcome)]
 
 
 def measure_of(outcome: Outcome) -> str:
@@ -56,6 +57,12 @@ def tables(found: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, str], l
         lines = [_line([row for row in targets if row["method"] == m], measure) for m in _methods(targets)]
         title = f"{task}: {measure} to the tuned optimizer's losses, as a share of its own, 95 % interval"
         drawn.append((title, _headings(targets), lines))
+        cosine = [row for row in own if row["table"] == "cosine"]
+        if cosine:
+            title = (
+                f"{task}: to {cosine[0]['target_loss']:.3g}, the tuned optimizer's final loss with a cosine schedule"
+            )
+            drawn.append((title, TO_COSINE, [_to_one(row, measure) for row in cosine]))
         ratios = [row for row in own if row["table"] == "ratios" and row["method"] == "koopt"]
         if ratios:
             compared = [_compared([row for row in ratios if row["against"] == a], measure) for a in _against(ratios)]
@@ -70,6 +77,7 @@ def tables(found: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, str], l
     return drawn
 
 
+TO_COSINE = {"method": "method", "share": "share of its cost", "seconds": "share of its CPU", "reached": "reached"}
 CHOSEN = {"method": "method", "tried": "tried", "setting": "setting"}
 
 
@@ -81,6 +89,11 @@ def findings(outcome: Outcome, seeds: int) -> list[str]:
     if short:
         counts = ", ".join(f"{method} {there}" for method, there in short.items())
         found.append(f"{outcome.task.name}: not complete, of {seeds} seeds there are: {counts}")
+    for method in outcome.without:
+        worse, all_seeds = _worse_than_without(outcome, method), len(outcome.without[method])
+        found.append(
+            f"{outcome.task.name}: {worse} of {all_seeds} seeds of {method} end more than 2 % above the same run without it"
+        )
     if outcome.outdated:
         found.append(
             f"{outcome.task.name}: some trials were made before {', '.join(sorted(outcome.outdated))} changed; "
@@ -100,6 +113,7 @@ def _targets(outcome: Outcome) -> list[dict[str, Any]]:
             "test_loss": statistics.median([math.inf if r.test is None else r.test for r in records.values()]),
             "final_over_plain": statistics.median(relative) if both else None,
             "worse": sum(one > WORSE for one in relative),
+            "worse_than_without": _worse_than_without(outcome, method),
             "guarded": statistics.median([record.curve.guarded[-1] for record in records.values()]),
             "seconds": statistics.median([record.curve.seconds[-1] for record in records.values()]),
             "tried": len(search.tried),
@@ -113,6 +127,29 @@ def _targets(outcome: Outcome) -> list[dict[str, Any]]:
                 row |= _interval(f"{measure}_share", statistics.median_interval(by_seed))
                 row["reached"] = sum(math.isfinite(one) for one in by_seed)
             found.append(row | ends)
+    return found
+
+
+def _worse_than_without(outcome: Outcome, method: str) -> int | None:
+    """How many seeds end worse than the same run without koopt; None where that was not run."""
+    records, without = outcome.records[method], outcome.without.get(method, {})
+    both = [seed for seed in records if seed in without]
+    return sum(_over(records[seed], without[seed]) > WORSE for seed in both) if both else None
+
+
+def _to_cosine(outcome: Outcome) -> list[dict[str, Any]]:
+    """Each method's cost to the final loss of the tuned optimizer with a cosine schedule, where that was run."""
+    if COSINE not in outcome.records or not outcome.targets:
+        return []
+    target = statistics.reached_by_half([record.final for record in outcome.records[COSINE].values()])
+    found = []
+    for method in outcome.records:
+        row: dict[str, Any] = {"table": "cosine", "task": outcome.task.name, "method": method, "target_loss": target}
+        for measure in MEASURES:
+            by_seed = list(shares(outcome, method, target, measure).values())
+            row |= _interval(f"{measure}_share", statistics.median_interval(by_seed))
+            row["reached"] = sum(math.isfinite(one) for one in by_seed)
+        found.append(row | {"seeds": len(outcome.records[method])})
     return found
 
 
@@ -180,6 +217,11 @@ def _line(found: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Any]:
     line |= {"reached": f"{last['reached']}/{last['seeds']}", "seconds": _number(last["seconds_share"])}
     line |= {"final": f"{last['final_loss']:.3g}", "test": f"{last['test_loss']:.3g}"}
     return line | {"method": last["method"], "worse": f"{last['worse']}/{last['seeds']}"}
+
+
+def _to_one(row: Mapping[str, Any], measure: str) -> dict[str, Any]:
+    ends = {"reached": f"{row['reached']}/{row['seeds']}", "seconds": _with_interval(row, "seconds_share")}
+    return {"method": row["method"], "share": _with_interval(row, f"{measure}_share"), **ends}
 
 
 def _compared(found: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from koopt.plot import COLORS, INK, quartiles, steps_along
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
 
