@@ -89,11 +89,9 @@ def findings(outcome: Outcome, seeds: int) -> list[str]:
     if short:
         counts = ", ".join(f"{method} {there}" for method, there in short.items())
         found.append(f"{outcome.task.name}: not complete, of {seeds} seeds there are: {counts}")
-    for method in outcome.without:
-        worse, all_seeds = _worse_than_without(outcome, method), len(outcome.without[method])
-        found.append(
-            f"{outcome.task.name}: {worse} of {all_seeds} seeds of {method} end more than 2 % above the same run without it"
-        )
+    for method, without in outcome.without.items():
+        counts = f"{_worse_than_without(outcome, method)} of {len(without)} seeds of {method}"
+        found.append(f"{outcome.task.name}: {counts} end more than 2 % above the same run without it")
     if outcome.outdated:
         found.append(
             f"{outcome.task.name}: some trials were made before {', '.join(sorted(outcome.outdated))} changed; "
