@@ -24,14 +24,13 @@ import koopt
 from koopt.bench.tasks import TASKS
 from koopt.experiments import report
 
-SETS = {  # task, steps between checkpoints, how many of them, rate
-    "mnist-mlp, each epoch": ("mnist-mlp", 852, 10, 1e-3),
-    "shakespeare, each epoch": ("shakespeare", 980, 10, 2e-3),
-    "shakespeare, each 100 steps": ("shakespeare", 100, 14, 2e-3),
+SETS = {  # task, steps between checkpoints, how many of them, rate, window, origins apart, checkpoints ahead
+    "mnist-mlp, each epoch": ("mnist-mlp", 852, 10, 1e-3, 5, 1, (0.5, 1)),
+    "mnist-mlp, each quarter epoch": ("mnist-mlp", 213, 32, 1e-3, 12, 4, (2, 4)),
+    "shakespeare, each epoch": ("shakespeare", 980, 10, 2e-3, 5, 1, (0.5, 1)),
+    "shakespeare, each 100 steps": ("shakespeare", 100, 14, 2e-3, 5, 1, (0.5, 1)),
 }
-SAVED = {"weights": "float32", "weights, bfloat16": "bfloat16", "means": "float32", "means, bfloat16": "bfloat16"}
-WINDOW = 5
-FULL = WINDOW - 1  # all ranks that so many checkpoints have
+SAVED = {"weights": "float32", "weights, bfloat16": "bfloat16", "means": "float32"}
 RULES = {
     "mean": {"method": "mean"},
     "mean of 2": {"method": "mean", "window": 2},
@@ -39,17 +38,12 @@ RULES = {
     "regression": {"method": "regression"},
     "koopman (default)": {},
     "koopman, layer (default)": {"by": "layer"},
-    "koopman, all ranks": {"rank": FULL},
+    "koopman, all ranks": {"rank": 100},
     "koopman, rank 1": {"rank": 1},
-    "koopman, rank 2": {"rank": 2},
     "koopman, rank 3": {"rank": 3},
-    "koopman, rank 2, moduli <= 1": {"rank": 2, "max_modulus": 1.0},
-    "koopman, rank 1, projected": {"rank": 1, "projected": True},
-    "koopman, rank 2, projected": {"rank": 2, "projected": True},
-    "koopman, node, rank 2": {"rank": 2, "by": "node"},
+    "koopman, rank 2, projected, moduli <= 1": {"rank": 2, "projected": True, "max_modulus": 1.0},
     "koopman, affine, rank 1": {"rank": 1, "center": True},
     "koopman, steps, rank 1": {"rank": 1, "difference": True},
-    "koopman, steps, rank 2": {"rank": 2, "difference": True},
     "ensemble": {"method": "ensemble"},
 }
 TIMELESS = ("mean", "mean of 2")
@@ -61,7 +55,6 @@ def main():
     parser.add_argument("--tasks", nargs="+", choices=sorted({task for task, *_ in SETS.values()}))
     parser.add_argument("--output", type=Path, default=Path("results/checkpoint-quality"))
     parser.add_argument("--saved", nargs="+", choices=SAVED, default=list(SAVED))
-    parser.add_argument("--ahead", type=float, nargs="+", default=[0.5, 1.0], help="in checkpoints (%(default)s)")
     parser.add_argument("--train-only", action="store_true", help="save the checkpoints and stop")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -79,12 +72,12 @@ def main():
                 found.setdefault(key, []).extend(ratios)
         rows += table(name, found, given) if found else []
     if rows:
-        report.write_result(given.output, "checkpoint-quality", {"seeds": given.seeds, "window": WINDOW}, rows, [])
+        report.write_result(given.output, "checkpoint-quality", {"seeds": given.seeds, "saved": given.saved}, rows, [])
 
 
 def train(name, seed, folder):
     """Save each checkpoint as `weights_STEP` and the mean of the steps since the one before as `means_STEP`."""
-    task, every, count, rate = SETS[name]
+    task, every, count, rate, *_ = SETS[name]
     if (folder / f"means_{every * count}.safetensors").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +102,7 @@ def train(name, seed, folder):
 
 def measured(name, seed, folder, given):
     """Lists over origins of (loss over that of the last, whether below both last and mean), by saved, rule, ahead."""
-    task, every, count, _ = SETS[name]
+    task, every, count, _, length, apart, aheads = SETS[name]
     kept = folder / "losses.json"
     losses = json.loads(kept.read_text()) if kept.exists() else {}
     problem = TASKS[task].problem(seed, False)
@@ -120,11 +113,11 @@ def measured(name, seed, folder, given):
                 source = folder / f"{saved.partition(',')[0]}_{every * (i + 1)}.safetensors"
                 paths.append(Path(place) / f"{source.stem}_{dtype}_step_{every * (i + 1)}.safetensors")
                 save_file({n: t.to(getattr(torch, dtype)) for n, t in load_file(source).items()}, paths[-1])
-            for origin in range(WINDOW, count + 1):
-                window = paths[origin - WINDOW : origin]
+            for origin in range(length, count + 1, apart):
+                window = paths[origin - length : origin]
                 asked = [("last", None, {"method": "last"})]
                 for label, options in RULES.items():
-                    asked += [(label, ahead, options) for ahead in ((None,) if label in TIMELESS else given.ahead)]
+                    asked += [(label, ahead, options) for ahead in ((None,) if label in TIMELESS else aheads)]
                 for _, ahead, options in asked:
                     key = json.dumps([saved, origin, ahead, options])
                     if key not in losses or not options or options == {"by": "layer"}:  # defaults may have changed
@@ -133,17 +126,17 @@ def measured(name, seed, folder, given):
             kept.write_text(json.dumps(losses))
     found = {}
     for saved in given.saved:
-        for origin in range(WINDOW, count + 1):
+        for origin in range(length, count + 1, apart):
             last, mean = (losses[json.dumps([saved, origin, None, {"method": m}])] for m in ("last", "mean"))
             for label, options in RULES.items():
-                for ahead in (None,) if label in TIMELESS else given.ahead:
+                for ahead in (None,) if label in TIMELESS else aheads:
                     loss = losses[json.dumps([saved, origin, ahead, options])]
                     found.setdefault((saved, label, ahead), []).append((loss / last, loss < min(last, mean)))
     return found
 
 
 def forecast_loss(problem, window, ahead, options, output):
-    window = window[-options.pop("window", WINDOW) :]
+    window = window[-options.pop("window", len(window)) :]
     try:
         koopt.forecast_checkpoints(window, ahead, output, **options)
     except ValueError:  # refused: the last stays
@@ -159,19 +152,19 @@ def loss_at(problem, path):
 
 
 def table(name, found, given):
-    rows = []
+    rows, aheads = [], SETS[name][-1]
     print(f"\n{name}: loss over that of the last checkpoint (share of origins below last and mean)")
     for saved in given.saved:
         for label in RULES:
             cells = []
-            for ahead in (None,) if label in TIMELESS else given.ahead:
+            for ahead in (None,) if label in TIMELESS else aheads:
                 ratios = found[saved, label, ahead]
                 ratio = math.exp(sum(math.log(min(r, 1e3)) for r, _ in ratios) / len(ratios))
                 share = sum(better for _, better in ratios) / len(ratios)
                 cells.append(f"{'' if ahead is None else f'+{ahead:g}: '}{ratio:.3f} ({share:.0%})")
                 row = {"set": name, "saved": saved, "method": label, "ahead": ahead, "loss_ratio": ratio}
                 rows.append(row | {"wins": share, "origins": len(ratios)})
-            print(f"  {saved:>17}  {label:<30} {'   '.join(cells)}", flush=True)
+            print(f"  {saved:>17}  {label:<40} {'   '.join(cells)}", flush=True)
     return rows
 
 

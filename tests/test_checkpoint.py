@@ -74,6 +74,29 @@ def test_equal_to_a_fit_in_memory(kind, dtype, options, tmp_path):
     assert found.step == 1300
 
 
+@pytest.mark.parametrize("kind", ["state", "difference", "center"])
+def test_noise_gets_a_modest_rank_and_a_law_all_of_its_own(kind, tmp_path):
+    """As many visible directions as pairs of checkpoints say nothing; fewer are a law."""
+    options = {} if kind == "state" else {kind: True}
+    generator = torch.Generator().manual_seed(0)
+    for name in ("law", "noise"):
+        (tmp_path / name).mkdir()
+    states = [law(t, torch.float64) for t in range(8)]
+    noisy = [{n: w + 0.01 * torch.randn(w.shape, generator=generator) for n, w in state.items()} for state in states]
+    found = koopt.forecast_checkpoints(save(tmp_path / "law", states), 100, **options)
+    assert found.rows[0]["rank"] == (3 if kind == "state" else 2)
+    paths = save(tmp_path / "noise", noisy)
+    found = koopt.forecast_checkpoints(paths, 100, **options)
+    assert found.rows[0]["rank"] == rules.MODEST
+    most = 7 - bool(options)
+    assert koopt.forecast_checkpoints(paths, 100, rank=100, **options).rows[0]["rank"] == most
+    assert spectrum_of(paths, by="network", **options)[1][0]["rank"] == rules.MODEST
+    output = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    koopt.forecast_checkpoints(paths, 100, output[0], **options)
+    koopt.forecast_checkpoints(paths, 100, output[1], rank=rules.MODEST, **options)
+    assert output[0].read_bytes() == output[1].read_bytes()
+
+
 @pytest.mark.parametrize("by", ["network", "layer", "node"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_groups_equal_a_trajectory_of_the_same_partition(by, dtype, tmp_path):
@@ -215,7 +238,7 @@ def test_a_pt_file_keeps_everything_else(tmp_path):
         weights["conv"] = (conv[0] + 0.9**t * conv[1]).to(memory_format=torch.channels_last)
         states.append({"model": weights, "optimizer": {"m": torch.full((5,), float(t))}, "epoch": t, "name": "x"})
     paths = save(tmp_path, states, "pt")
-    found = koopt.forecast_checkpoints(paths, 200, tmp_path / "out.pt")
+    found = koopt.forecast_checkpoints(paths, 200, tmp_path / "out.pt", rank=3)
     written = torch.load(found.output, weights_only=True)
     assert (written["epoch"], written["name"], written["optimizer"]["m"].tolist()) == (3, "x", [3.0] * 5)
     assert written["model"]["tied"].data_ptr() == written["model"]["first.weight"].data_ptr()

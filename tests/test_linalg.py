@@ -28,6 +28,7 @@ def exact(*rows):
 def _chunked(request, monkeypatch):
     monkeypatch.setattr(linalg, "CHUNK", request.param)
     monkeypatch.setattr(linalg, "WIDE_CHUNK", request.param)
+    monkeypatch.setattr(linalg, "MANY", request.param)
 
 
 @SHAPES

@@ -26,15 +26,15 @@ COLUMNS = {
     "motion": "last step\nover size",
     "step_resolution": "step in\nroundings",
 }
-HELD_OUT = {"error": "koopt", "error_last": "no change", "error_mean": "mean", "error_line": "line"}
+HELD_OUT = {"error": "koopt", "error_last": "no\nchange", "error_mean": "mean", "error_line": "line"}
 SPECTRUM = {
     "group": "group",
     "weights": "weights",
     "rank": "rank",
     "residual": "residual",
     "eigenvalues": "eigenvalues",
-    "half_life": "longest half-life\n(optimizer steps)",
-    "growing": "growing",
+    "half_life": "longest\nhalf-life\n(steps)",
+    "growing": "grow",
 }
 MOST_LINES = 60  # of a table in the terminal; result.json has all
 
@@ -83,7 +83,11 @@ def _add_shared(parser: argparse.ArgumentParser, by: tuple[str, ...], default: s
             metavar="PATTERN",
             help=f"{what} tensors of such names; may be repeated",
         )
-    parser.add_argument("--rank", type=int, help="largest rank of an operator")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        help="largest rank of an operator (all that is above rounding, if pairs to spare agree on it; else 2)",
+    )
     parser.add_argument("--rtol", type=float, help="cut singular values up to this share of the largest")
     for option, what in (
         ("--difference", "fit the steps between checkpoints"),
@@ -127,6 +131,8 @@ def run_forecast(given: argparse.Namespace) -> int:
         columns,
         rows,
     )
+    if given.holdout:
+        print("koopt below 1: the last checkpoint lay where the forecast pointed; its loss is for you to evaluate")
     if given.report is not None:
         _write(given.report, "forecast", given, rows, [])
     if found.output is not None:
@@ -217,7 +223,9 @@ def _one_line() -> Iterator[None]:
 def _print(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> None:
     from koopt.experiments import report
 
-    terminal.wide_console().print(report.table(f"\n{title}", columns, rows[:MOST_LINES]))
+    print(f"
+{title}")
+    terminal.wide_console().print(report.table("", columns, rows[:MOST_LINES]))
     if len(rows) > MOST_LINES:
         print(f"... and {len(rows) - MOST_LINES} more groups")
 

@@ -15,7 +15,7 @@ from koopt.forecasters import METHODS
 from koopt.operator import fit, fit_in_form
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from jaxtyping import Float
     from torch import Tensor
@@ -27,6 +27,7 @@ TIMED = ("line", "regression")  # take checkpoints at any times
 TIMELESS = ("last", "mean", "ema", "anderson")  # do not look at them
 SAFE = ("last", "mean", "ema")  # averages: rounding does not grow
 SEEN = 4.0  # motion of so many roundings is told from rounding
+MODEST = 2  # rank where as many directions as pairs of checkpoints are visible: all of them would fit anything
 LEAST = {"koopman": 2, "line": 2, "anderson": 2, "ensemble": 4}
 PEERS = {"last": {}, "mean": {}, "line": {}}  # what every forecast is set beside
 
@@ -138,10 +139,9 @@ def operator(factor: Factor, times: Float[Tensor, " time"], options: Mapping[str
     rows = weights @ factor.rows
     options = dict(options)
     options.pop("max_modulus", None)
-    rank = options.pop("rank", None)
-    options["rtol"] = max(cut(factor._replace(rows=rows), options))
-    options["rank"] = factor.state if rank is None else min(rank, factor.state)
-    return fit_in_form(rows, snapshot_form=True, **options), spacing
+    rtol = max(cut(factor._replace(rows=rows), options))
+    (_, op), *_ = _operators(rows, factor.state, rtol, options)
+    return op, spacing
 
 
 def cut(factor: Factor, options: Mapping[str, Any]) -> list[float]:
@@ -185,12 +185,29 @@ def _coefficients(factor: Factor, times: Tensor, rule: Rule) -> tuple[Tensor, Te
     options = dict(rule.options)
     max_modulus = options.pop("max_modulus", None)
     shares = torch.tensor(cut(factor._replace(rows=rows), options), dtype=torch.float64)
-    rank = options.pop("rank", None)
-    options["rank"] = factor.state if rank is None else min(rank, factor.state)
     coefficients, ranks = torch.zeros(rows.shape[:2], dtype=torch.float64), none
     shares = torch.exp2((16 * shares.log2()).ceil() / 16) if len(shares) > 1 else shares  # a few fits, not one a patch
     for share in shares.unique().tolist():
         chosen = (shares == share).nonzero().squeeze(-1)
-        found = fit_in_form(rows[chosen], snapshot_form=True, **{**options, "rtol": min(share, 0.5)})
-        coefficients[chosen], ranks[chosen] = found.coefficients(horizon, max_modulus), found.rank
+        for part, found in _operators(rows[chosen], factor.state, min(share, 0.5), options):
+            coefficients[chosen[part]], ranks[chosen[part]] = found.coefficients(horizon, max_modulus), found.rank
     return coefficients @ weights, ranks
+
+
+def _operators(rows: Tensor, state: int, rtol: float, options: Mapping[str, Any]) -> Iterator[tuple[Tensor, Operator]]:
+    """The operators of patches, by index, of the rank asked for, or of all that is visible.
+
+    Where as many directions as pairs are visible, the fit is exact whatever the motion is, noise too: without a rank
+    asked for, such patches get ``MODEST``. Fewer directions are a law that the pairs agree on to rounding.
+    """
+    rank = options.get("rank")
+    common = {**options, "rtol": rtol, "snapshot_form": True}
+    found = fit_in_form(rows, **{**common, "rank": state if rank is None else min(rank, state)})
+    pairs = rows.shape[1] - 1 - bool(options.get("difference")) - bool(options.get("center"))
+    filled = found.rank >= max(pairs, MODEST + 1)
+    if rank is not None or not bool(filled.any()):
+        yield torch.arange(len(rows)), found
+        return
+    yield filled.nonzero().squeeze(-1), fit_in_form(rows[filled], **{**common, "rank": MODEST})
+    if not bool(filled.all()):
+        yield (~filled).nonzero().squeeze(-1), fit_in_form(rows[~filled], **{**common, "rank": state})
