@@ -26,7 +26,8 @@ SWEEPS = 3
 FEW = 128  # rows in all up to which a full eigendecomposition takes less time than the calls of a sweep
 CHUNK = 4096  # columns of a tall factor at a time, so that a piece stays in cache
 WIDE_CHUNK = 16 * CHUNK  # where a piece is only multiplied
-MANY = 4 * WIDE_CHUNK  # columns beyond which a processor's cache counts for more than the number of calls
+MANY = 4 * WIDE_CHUNK  # columns beyond which such a piece is kept in cache too
+CACHED = 2**18  # numbers of it
 
 
 def triangular_factor(
@@ -143,8 +144,10 @@ def inner(
 
 
 def _width(rows: Tensor) -> int:
-    """Columns of a piece that is only multiplied: few enough for a processor's cache, if it is a processor's."""
-    return WIDE_CHUNK if rows.is_cuda or rows.shape[-1] <= MANY else 2 * CHUNK
+    """Columns of a piece that is only multiplied: where there are many, few enough for a processor's cache."""
+    if rows.is_cuda or rows.shape[-1] <= MANY:
+        return WIDE_CHUNK
+    return min(WIDE_CHUNK, max(1, CACHED // max(1, rows.shape[:-1].numel()) // CHUNK) * CHUNK)
 
 
 def _pieces(rows: Tensor, width: int, prepare: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
