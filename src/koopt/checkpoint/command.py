@@ -223,8 +223,7 @@ def _one_line() -> Iterator[None]:
 def _print(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> None:
     from koopt.experiments import report
 
-    print(f"
-{title}")
+    print(f"\n{title}")
     terminal.wide_console().print(report.table("", columns, rows[:MOST_LINES]))
     if len(rows) > MOST_LINES:
         print(f"... and {len(rows) - MOST_LINES} more groups")
