@@ -4,6 +4,8 @@
     python benchmarks/live_recording.py --parts
 
 Processor seconds of a run with koopt attached over those of the same run without it; the two take turns, by blocks.
+Recording alone is that of a run in which each jump is accepted (mode "jump"), or refused as noise ("auto"; where
+they are accepted, it pauses its means, and costs what "jump" does).
 With --parts: what a snapshot, a mean, all fits and a candidate take in optimizer steps, and what the budget assumes.
 """
 
@@ -71,8 +73,9 @@ def overhead(sizes: tuple[int, ...], mode: str, batch: int, steps: int, refused:
         return 1.0  # nothing is ever better
 
     koop = koopt.attach(beside.optimizer, beside.model, None if mode == "forecast" else guard, mode)
-    if not refused:  # snapshots are taken for an attempt in each cycle, which is not made
-        koop._jump = lambda allowed: koop._schedule.succeed(koop.steps)  # type: ignore[assignment]
+    if not refused:  # snapshots are taken for attempts that are not made: they succeed, or are refused as noise
+        then = koop._schedule.start if mode == "auto" else koop._schedule.succeed
+        koop._jump = lambda allowed: then(koop.steps)  # type: ignore[assignment]
     pairs = [(plain.seconds(BLOCK), beside.seconds(BLOCK)) for _ in range(steps // BLOCK)]
     if refused:  # attempts are few and long
         share = sum(other for _, other in pairs) / sum(own for own, _ in pairs)

@@ -15,6 +15,7 @@ from commands import contents, refused, run
 from safetensors.torch import load_file, save_file
 
 import koopt
+from koopt import cli
 from koopt.checkpoint import writing
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
