@@ -3,7 +3,8 @@
     python benchmarks/scale.py                                      # slopes, in one process
     torchrun --nproc-per-node 2 benchmarks/scale.py --weights 1e8   # real optimizer steps under FSDP2, random data
 
-Times are of one thread. Memory is the peak of each process; --snapshots is the tail that jumps are made from.
+Slopes are processor times of one thread. Memory is the peak of each process; --snapshots is the tail that jumps are
+made from.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ from koopt.live.window import BlockMeans, Snapshots
 SIZES = (2_000_000, 4_000_000, 8_000_000, 16_000_000)
 
 
-def seconds(call, repeats: int = 5) -> float:
+def seconds(call, repeats: int = 4) -> float:
+    """Of one thread's processor time, which what else runs on the machine changes least."""
     call()
     times = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = time.process_time()
         call()
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     return min(times)
 
 
 def slopes(count: int, dtype: torch.dtype) -> None:
-    """Seconds for 1e9 weights of one process, by a least-squares line through three sizes."""
+    """Processor seconds for 1e9 weights of one process, by a least-squares line through all sizes."""
     rows = []
     for size in SIZES:
         parameter = [torch.randn(size)]
@@ -54,7 +56,9 @@ def slopes(count: int, dtype: torch.dtype) -> None:
             "combination": lambda p=parameter, w=window, c=coefficients: moved(p, w, c),
         }
         rows.append({name: seconds(call) for name, call in calls.items()})
-    print(f"{count} snapshots in {dtype}: {dtype.itemsize} bytes a weight and snapshot; seconds for 1e9 weights")
+    print(
+        f"{count} snapshots in {dtype}: {dtype.itemsize} bytes a weight and snapshot; processor seconds for 1e9 weights"
+    )
     sizes = torch.tensor(SIZES, dtype=torch.float64)
     centered = sizes - sizes.mean()
     for name in rows[0]:
