@@ -135,7 +135,7 @@ def test_attempts_grow_rare_while_they_fail_and_stay_within_the_budget():
         evaluations = sum(jump.evaluations for jump in bowl.koop.jumps)
         assert evaluations / 3 <= 0.3 * bowl.koop.steps
     steps = [jump.step for jump in bowl.koop.jumps]
-    assert steps == [10, 30, 70, 150, 310, 470, 630, 790, 950]
+    assert steps == [10, 40, 130, 290, 450, 610, 770, 930]
 
 
 def test_the_schedule_counts_without_rounding_away():
@@ -158,11 +158,11 @@ def test_an_attempt_waits_for_its_budget_and_one_that_fails_for_its_share():
         dear.spent += 8.0 + 2.0 * 16
         dear.start(dear.due)
     # 20 of 40 steps are what 6 evaluations and a fit cost; an attempt may take a fifth of the budget, 40 of 400
-    assert steps == [40, 120, 280, 600, 1000]
-    dear.succeed(1000)
-    assert dear.due == 1010
+    assert steps == [40, 160, 520, 920, 1320]
+    dear.succeed(1400)
+    assert dear.due == 1410
     assert not dear.afford(ahead=500.0)
-    assert dear.due == 1020
+    assert dear.due == 1420
 
 
 @pytest.mark.parametrize("weights", [100, 10_000, 1_000_000])
@@ -184,7 +184,7 @@ def test_a_larger_network_is_tried_less_often():
         for _ in range(400):
             optimizer.step()
         steps[width] = [jump.step for jump in koop.jumps if jump.evaluations]
-    assert steps == {4: [20, 60, 140, 300], 20_000: [40, 120, 280]}
+    assert steps == {4: [20, 80, 260], 20_000: [40, 160]}
 
 
 def test_a_budget_of_nothing_never_calls_the_guard():

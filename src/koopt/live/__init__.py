@@ -59,7 +59,7 @@ def attach(
         mode: "jump": weights are moved in place; "forecast": training is not touched; "auto": jumps where a guard is
             given and the last steps are smooth, "forecast" without a guard.
         window: even, the largest number of block means that forecasts are made from.
-        cycle: optimizer steps between attempts to jump; doubled after each that fails, up to 16 cycles.
+        cycle: optimizer steps between attempts to jump; tripled after each that fails, up to 16 cycles.
         tail: how many steps at the end of a cycle jumps are made from.
         momentum: after a jump "keep" it, "reset" it to zero, "scale" it by the square root of the loss ratio, or
             "combine" its recorded values as the weights were. L-BFGS starts anew, since it compares gradients of

@@ -44,8 +44,8 @@ class Schedule:
     """When the next attempt is due, and how many evaluations it may make.
 
     Args:
-        cycle: optimizer steps between attempts; after one that failed twice as many as before it, up to 16 cycles, or
-            until attempts take a fifth of the budget.
+        cycle: optimizer steps between attempts; after one that failed three times as many as before it, up to 16
+            cycles, or until attempts take a fifth of the budget.
         max_overhead: what recording, fits and evaluations may cost, as a share of the steps.
         costs: of an attempt.
 
@@ -54,7 +54,7 @@ class Schedule:
     9
     >>> schedule.start(100)
     >>> schedule.due
-    300
+    400
     """
 
     cycle: int
@@ -86,7 +86,7 @@ class Schedule:
         """An attempt begins, which counts as failed until it has succeeded."""
         whole = self.costs.fit + MOST * self.costs.candidate
         seldom = whole / (SELDOM * self.max_overhead) if self.max_overhead else 0.0
-        self.wait = min(2 * max(self.wait, steps - self.began), max(PATIENCE * self.cycle, math.ceil(seldom)))
+        self.wait = min(3 * max(self.wait, steps - self.began), max(PATIENCE * self.cycle, math.ceil(seldom)))
         self.began, self.due = steps, steps + self.wait
 
     def succeed(self, steps: int) -> None:
