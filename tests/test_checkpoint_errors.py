@@ -265,6 +265,22 @@ def test_dry_run_writes_nothing(paths, tmp_path, capsys):
     assert contents(tmp_path) == before
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(paths, tmp_path):
+    """As head is: the pipe is closed before anything is printed."""
+    reading, writing_end = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", "import sys; from koopt.cli import main; sys.exit(main())", "spectrum"]
+    with os.fdopen(writing_end, "w") as closed:
+        done = subprocess.run(
+            [*command, *map(str, paths), "--output", str(tmp_path / "out")],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_spectrum_prints_and_draws(paths, tmp_path, capsys):
     code, out, err = run(capsys, "spectrum", *paths, "--output", tmp_path / "spectrum", "--difference", "--rank", 1)
     assert (code, err) == (0, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import signal
 import sys
 from pathlib import Path
@@ -27,12 +28,14 @@ HELP = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, or 2 for bad input with one line on stderr, or 130 after Ctrl-C."""
+    """Run one command; 0, or 2 for bad input with one line on stderr, 1 where no one reads on, 130 after Ctrl-C."""
     given = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter still gets the table
     try:
-        return given.command(given)
+        status = given.command(given)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         if arguments is None:  # the process ends here; a second Ctrl-C must not break in
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -42,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package, extra = (missing.name or "").partition(".")[0], "bench" if given.command is _bench else "experiments"
         print(f"koopt: {package} is not installed; pip install 'koopt[{extra}]'", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads, as head does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at the end fails again
+        return 1
     except (ValueError, OSError) as error:
         print(f"koopt: {_one_line(str(error))}", file=sys.stderr)
         return 2
