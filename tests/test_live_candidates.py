@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from koopt.live.candidates import FAMILIES, Choice, Proposer, combined, moved, roughness
+from koopt.operator import fit_in_form, leading
 
 
 def test_roughness_of_what_is_known():
@@ -66,3 +67,26 @@ def test_every_candidate_continues_a_line_or_stays():
             continue
         assert coefficients.sum().item() == pytest.approx(1.0)
         torch.testing.assert_close(coefficients @ window, window[-1] * (1 + candidate.horizon), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_what_is_finite_in_one_dtype_may_overflow_in_another(dtypes):
+    now = [torch.ones(2, dtype=dtype) for dtype in dtypes]
+    rows = torch.tensor([[0.0] * 4, [1.0] * 4], dtype=torch.float64)
+    assert moved(now, rows, torch.tensor([-1e300, 1e300], dtype=torch.float64)) is None
+    exact = moved(now, rows, torch.tensor([-1.0, 2.0], dtype=torch.float64))
+    assert [(v.dtype, v.tolist()) for v in exact] == [(dtype, [2.0, 2.0]) for dtype in dtypes]
+
+
+def test_lower_ranks_are_blocks_of_one_fit():
+    """As a fit of that rank has it, projected or not."""
+    times = torch.arange(30.0, dtype=torch.float64)[:, None]
+    path = torch.cat([rate**times for rate in (0.98, 0.9, 0.7, 0.4)], dim=1)
+    for options in ({"difference": True}, {"difference": True, "projected": True}, {}):
+        whole = fit_in_form(path, snapshot_form=True, rank=4, **options)
+        for rank in (1, 2, 3, 4):
+            own = fit_in_form(path, snapshot_form=True, rank=rank, **options)
+            for horizon in (3, 2.5):
+                torch.testing.assert_close(
+                    leading(whole, rank).forecast(horizon), own.forecast(horizon), rtol=1e-7, atol=1e-9
+                )

@@ -250,11 +250,12 @@ def _cast(parameters: Sequence[Tensor], flat: Tensor, ranks: Ranks | None, add: 
     if add:
         for piece, parameter in zip(flat.split(sizes), parameters, strict=True):
             piece.add_(parameter.reshape(-1).to(piece.device))
-    if len({(parameter.device, parameter.dtype) for parameter in parameters}) == 1:
+    alike = len({(parameter.device, parameter.dtype) for parameter in parameters}) == 1
+    if alike:
         flat = flat.to(parameters[0].device, parameters[0].dtype)  # at once, which is quicker than one by one
     pieces = zip(flat.split(sizes), parameters, strict=True)
     values = [piece.to(p.device, p.dtype).view(p.shape) for piece, p in pieces]
     # the sum is quick, and finite only if all values are; it may overflow where none does
-    checked = [flat] if flat.dtype == parameters[0].dtype else values
+    checked = [flat] if alike else values
     finite = all(math.isfinite(value.sum().item()) or bool(value.isfinite().all()) for value in checked)
     return values if distributed.everywhere(finite, ranks) else None
