@@ -223,9 +223,11 @@ def test_momentum_after_a_jump(policy):
         window = torch.cat(weights[-10:])
         far = math.isinf(jump.horizon)
         same = [c for c in FAMILIES if (c.method, c.rank) == (jump.forecaster, jump.rank)]
-        (family,) = (c for c in same if math.isinf(c.horizon) == far)
-        coefficients = Proposer(window).coefficients(family._replace(horizon=jump.horizon / 9))
-        torch.testing.assert_close(coefficients @ window, bowl.model.weight.detach()[0], rtol=1e-9, atol=1e-12)
+        families = [c._replace(horizon=jump.horizon / 9) for c in same if math.isinf(c.horizon) == far]
+        offered = [Proposer(window).coefficients(family) for family in families]  # Anderson: by regularization
+        now = bowl.model.weight.detach()[0]
+        coefficients = min(offered, key=lambda given: (given @ window - now).norm())
+        torch.testing.assert_close(coefficients @ window, now, rtol=1e-9, atol=1e-12)
         expected = coefficients @ torch.cat([*recorded[-9:], kept])
         torch.testing.assert_close(momentum[0], expected, rtol=1e-9, atol=1e-12)
     else:
@@ -265,8 +267,8 @@ def test_auto_tells_noise_from_smooth_motion():
     assert any(jump.accepted for jump in koop.jumps)
 
 
-def test_moves_add_up_where_that_is_better():
-    """On a straight line whose loss falls all the way, the sum of two moves goes farther than either."""
+def test_the_evaluations_left_go_to_horizons():
+    """On a straight line whose loss falls all the way, horizons double as long as there are evaluations."""
     window = torch.arange(30.0, dtype=torch.float64)[:, None]
     seen = []
 
@@ -274,15 +276,8 @@ def test_moves_add_up_where_that_is_better():
         seen.append(weights[0].item())
         return 1.0 / (1.0 + weights[0].item())
 
-    def far(count):
-        seen.clear()
-        return search(Proposer(window), Choice(), [window[-1]], 1.0 / 30.0, count, evaluate)
-
-    found = far(16)
+    found = search(Proposer(window), Choice(), [window[-1]], 1.0 / 30.0, 16, evaluate)
     assert len(seen) == 16
-    assert " + " in found.candidate.method
-    assert found.weights[0].item() == max(seen) > max(seen[:14])
+    assert found.weights[0].item() == max(seen) > 4 * max(seen[:8])
     assert found.coefficients.sum().item() == pytest.approx(1.0)
     torch.testing.assert_close(found.coefficients @ window, found.weights[0])
-    assert far(4).candidate.method in {family.method for family in FAMILIES}  # too few to keep any for sums
-    assert len(seen) == 4

@@ -44,11 +44,12 @@ class Candidate(NamedTuple):
 FAMILIES = (
     Candidate("koopman", START, {"rank": RANKS[0], "difference": True}),
     Candidate("line", START, {"span": 10}),
-    *(Candidate("koopman", START, {"rank": rank, "difference": True}) for rank in RANKS[1:]),
-    Candidate("anderson", math.inf, {}),
+    Candidate("koopman", START, {"rank": RANKS[1], "difference": True}),
+    *(Candidate("anderson", math.inf, {"regularization": share}) for share in (1e-6, 1e-3, 1e-8)),
+    *(Candidate("koopman", START, {"rank": rank, "difference": True}) for rank in RANKS[2:]),
     Candidate("regression", START, {}),
+    Candidate("koopman", math.inf, {"rank": RANKS[0], "difference": True}),
     Candidate("dema", START, {}),
-    *(Candidate("koopman", math.inf, {"rank": rank, "difference": True}) for rank in RANKS[:2]),
     Candidate("mean", 0.0, {}),
 )
 

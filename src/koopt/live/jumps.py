@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-ADDED = 2  # evaluations kept for sums of moves: families see different motion, and what they bring often adds up
-
 
 @dataclass(frozen=True)
 class Jump:
@@ -23,8 +21,7 @@ class Jump:
     Attributes:
         step: optimizer steps recorded until then.
         forecaster, rank, horizon: of the best candidate, its horizon in optimizer steps (infinite: the fixed point);
-            None if none was evaluated. A sum of moves names all forecasters, as "koopman + line", the others are of the
-            first.
+            None if none was evaluated.
         before, after: the guard's loss at the weights as they were and at the best candidate; None if not evaluated.
         accepted: whether the weights were moved; if not, they are bitwise as they were.
         reason: "better", or why they were not moved.
@@ -70,7 +67,7 @@ def search(
     """Evaluate a few candidates and take the best if it is strictly better than the weights as they are.
 
     Half of the evaluations go to families at the horizons that were best for them; others double or halve the horizon
-    of the best ones as long as that lowers the loss. The last two add the next best moves to the best one.
+    of the best ones as long as that lowers the loss.
 
     Args:
         proposer: over the recorded steps, the last of which is now.
@@ -81,12 +78,13 @@ def search(
         evaluate: the loss at other weights.
     """
     best = Found("no candidate was better", before)
-    reached: dict[int, tuple[float, float, Tensor | None]] = {}  # family: its lowest loss, where, and the coefficients
+    reached: dict[int, tuple[float, float]] = {}  # family: its lowest loss, and where
     left = count
 
-    def loss_of(candidate: Candidate, coefficients: Tensor | None) -> float:
+    def loss_of(candidate: Candidate) -> float:
         """Infinite where there is none, and NaN is as bad as that."""
         nonlocal best, left
+        coefficients = proposer.coefficients(candidate)
         weights = None if coefficients is None else moved(saved, proposer.snapshots, coefficients, proposer.ranks)
         if weights is None:
             return math.inf
@@ -101,38 +99,23 @@ def search(
         if math.isfinite(horizon):
             horizon = round(horizon * (proposer.time - 1)) / (proposer.time - 1)  # whole steps
         candidate = FAMILIES[index]._replace(horizon=horizon)
-        coefficients = proposer.coefficients(candidate)
-        loss = loss_of(candidate, coefficients)
+        loss = loss_of(candidate)
         if index in reached and not loss < reached[index][0]:
             return False
-        reached[index] = loss, horizon, coefficients
+        reached[index] = loss, horizon
         return True
-
-    def spare() -> bool:
-        """Whether evaluations are left for horizons; once something is better, not those for sums."""
-        better = best.after is not None and best.after < before
-        return left > (ADDED if better and count > 2 * ADDED else 0)
 
     for index in choice.pick(math.ceil(count / 2)):
         lower(index, choice.horizons[index])
     for index in sorted(reached, key=lambda i: reached[i][0]):
         for factor in (2.0, 0.5):
             start = reached[index][1]
-            while spare() and SHORTEST <= reached[index][1] * factor <= LONGEST:
+            while left > 0 and SHORTEST <= reached[index][1] * factor <= LONGEST:
                 if not lower(index, reached[index][1] * factor):
                     break
             if reached[index][1] != start:
                 break
-    for index in sorted(reached, key=lambda i: reached[i][0]):
-        loss, _, coefficients = reached[index]
-        if not left or coefficients is None or best.candidate is None or best.coefficients is None or not loss < before:
-            break
-        if coefficients is not best.coefficients:
-            together = best.coefficients + coefficients
-            together[-1] -= 1.0
-            names = f"{best.candidate.method} + {FAMILIES[index].method}"
-            loss_of(best.candidate._replace(method=names), together)
-    for index, (loss, horizon, _) in reached.items():
+    for index, (loss, horizon) in reached.items():
         choice.learn(index, gain(before, loss), horizon)
     if best.after is not None and best.after < before:
         return best._replace(reason="better")
