@@ -99,7 +99,7 @@ def test_accelerate(tmp_path):
         koop = None
         if attached:
             koop = koopt.attach(optimizer, model, (lambda: 1.0) if guard is None else task.loss, "jump", **SHORT)
-        for _ in range(60):
+        for _ in range(120):
             with accelerator.accumulate(model):
                 optimizer.zero_grad()
                 accelerator.backward(mse_loss(model(task.x), task.y))
@@ -109,7 +109,7 @@ def test_accelerate(tmp_path):
     plain, _ = run(None, attached=False)
     refused, koop = run(None)
     assert refused == plain
-    assert koop.steps == 30
+    assert koop.steps == 60
     assert koop.jumps
     assert any(jump.accepted for jump in run("loss")[1].jumps)
 

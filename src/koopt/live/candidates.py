@@ -23,7 +23,7 @@ START = 4 / 3  # the first horizon of a jump, in lengths of the tail
 LONGEST, SHORTEST = 200.0, 0.1
 RANKS = (4, 3, 1, 8)
 NOISE = 0.3  # increments that are forecast with a larger relative error are called noise
-GRAM_ERROR = 2e-8  # relative, of singular values from a Gram matrix
+RESOLVED = 1e-6  # smallest singular values of a Gram matrix's factor that are told from rounding, to some 4 digits
 SAMPLE = 4096  # weights that tell noise from motion
 FEWEST = 6  # snapshots for a jump
 
@@ -44,9 +44,8 @@ class Candidate(NamedTuple):
 FAMILIES = (
     Candidate("koopman", START, {"rank": RANKS[0], "difference": True}),
     Candidate("line", START, {"span": 10}),
-    Candidate("koopman", START, {"rank": RANKS[1], "difference": True}),
-    *(Candidate("anderson", math.inf, {"regularization": share}) for share in (1e-6, 1e-3, 1e-8)),
-    *(Candidate("koopman", START, {"rank": rank, "difference": True}) for rank in RANKS[2:]),
+    *(Candidate("anderson", math.inf, {"regularization": share}) for share in (1e-6, 1e-3, 1e-10)),
+    *(Candidate("koopman", START, {"rank": rank, "difference": True}) for rank in RANKS[1:]),
     Candidate("regression", START, {}),
     Candidate("koopman", math.inf, {"rank": RANKS[0], "difference": True}),
     Candidate("dema", START, {}),
@@ -108,7 +107,7 @@ class Proposer:
             )
             moved = rows.diff(dim=0).norm().item()
             size = moved if differences else rows.norm().item()
-            least = GRAM_ERROR if differences else linalg.EPS
+            least = RESOLVED if differences else linalg.EPS
             rtol = linalg.share_of_rounding(self._rounding, tail, size, least)
             self._operators[key] = fit_in_form(rows, snapshot_form=True, rank=max(RANKS), rtol=rtol, **given)
         return leading(self._operators[key], rank).coefficients(horizon, max_modulus)
