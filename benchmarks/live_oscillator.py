@@ -80,7 +80,7 @@ def main() -> None:
     for seed in arguments.seeds:
         plain = run(seed, arguments.steps, arguments.rate, None)
         live = run(seed, arguments.steps, arguments.rate, options, plain["loss"], arguments.figure)
-        shares.append(live["cost"] / arguments.steps if live["reached"] else float("nan"))
+        shares.append(live["cost"] / arguments.steps if live["reached"] else float("inf"))
         print(
             f"seed {seed}: plain {plain['loss']:.3e} in {arguments.steps} steps, {plain['seconds']:.1f} s; with koopt "
             f"{live['loss']:.3e} in {live['steps']:.0f} steps, cost {live['cost']:.0f} ({shares[-1]:.3f}), "
