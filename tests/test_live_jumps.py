@@ -276,8 +276,14 @@ def test_the_evaluations_left_go_to_horizons():
         seen.append(weights[0].item())
         return 1.0 / (1.0 + weights[0].item())
 
-    found = search(Proposer(window), Choice(), [window[-1]], 1.0 / 30.0, 16, evaluate)
+    def far(count):
+        seen.clear()
+        return search(Proposer(window), Choice(), [window[-1]], 1.0 / 30.0, count, evaluate)
+
+    found = far(16)
     assert len(seen) == 16
     assert found.weights[0].item() == max(seen) > 4 * max(seen[:8])
     assert found.coefficients.sum().item() == pytest.approx(1.0)
     torch.testing.assert_close(found.coefficients @ window, found.weights[0])
+    assert far(4).candidate.method in {family.method for family in FAMILIES}
+    assert len(seen) == 4

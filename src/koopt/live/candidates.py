@@ -23,7 +23,7 @@ START = 4 / 3  # the first horizon of a jump, in lengths of the tail
 LONGEST, SHORTEST = 200.0, 0.1
 RANKS = (4, 3, 1, 8)
 NOISE = 0.3  # increments that are forecast with a larger relative error are called noise
-RESOLVED = 1e-6  # smallest singular values of a Gram matrix's factor that are told from rounding, to some 4 digits
+LEAST_SINGULAR = 1e-6  # share of the largest; from a Gram matrix those below have lost all but 4 digits
 SAMPLE = 4096  # weights that tell noise from motion
 FEWEST = 6  # snapshots for a jump
 
@@ -107,7 +107,7 @@ class Proposer:
             )
             moved = rows.diff(dim=0).norm().item()
             size = moved if differences else rows.norm().item()
-            least = RESOLVED if differences else linalg.EPS
+            least = LEAST_SINGULAR if differences else linalg.EPS
             rtol = linalg.share_of_rounding(self._rounding, tail, size, least)
             self._operators[key] = fit_in_form(rows, snapshot_form=True, rank=max(RANKS), rtol=rtol, **given)
         return leading(self._operators[key], rank).coefficients(horizon, max_modulus)

@@ -51,10 +51,9 @@ FORECASTS = (
     (Part(1 / 3, "koopman", 0.9, 0.6), Part(1 / 3, "regression", 0.75), Part(1 / 3, "mean", 1 / 16)),
     (Part(0.5, "koopman", 1.0, 1 / 3), Part(0.5, "mean", 3 / 16)),
 )
-FAR = (2 / 3, 4 / 3, 8 / 3)
 FROM_TAIL = tuple(
     family._replace(horizon=horizon)
-    for horizon in FAR
+    for horizon in (2 / 3, 4 / 3, 8 / 3)
     for family in FAMILIES
     if family.method in ("koopman", "line") and math.isfinite(family.horizon)
 )

@@ -81,25 +81,20 @@ def search(
     reached: dict[int, tuple[float, float]] = {}  # family: its lowest loss, and where
     left = count
 
-    def loss_of(candidate: Candidate) -> float:
-        """Infinite where there is none, and NaN is as bad as that."""
-        nonlocal best, left
-        coefficients = proposer.coefficients(candidate)
-        weights = None if coefficients is None else moved(saved, proposer.snapshots, coefficients, proposer.ranks)
-        if weights is None:
-            return math.inf
-        left -= 1
-        loss = evaluate(weights)
-        if loss < (math.inf if best.after is None else best.after):
-            best = Found(best.reason, before, loss, candidate, coefficients, weights)
-        return loss if loss < math.inf else math.inf
-
     def lower(index: int, horizon: float) -> bool:
-        """Whether a family does better at this horizon than it did so far."""
+        """Whether a family does better at this horizon than it did so far; without weights, or at NaN, it does not."""
+        nonlocal best, left
         if math.isfinite(horizon):
             horizon = round(horizon * (proposer.time - 1)) / (proposer.time - 1)  # whole steps
-        candidate = FAMILIES[index]._replace(horizon=horizon)
-        loss = loss_of(candidate)
+        candidate, loss = FAMILIES[index]._replace(horizon=horizon), math.inf
+        coefficients = proposer.coefficients(candidate)
+        weights = None if coefficients is None else moved(saved, proposer.snapshots, coefficients, proposer.ranks)
+        if weights is not None:
+            left -= 1
+            loss = evaluate(weights)
+            if loss < (math.inf if best.after is None else best.after):
+                best = Found(best.reason, before, loss, candidate, coefficients, weights)
+        loss = loss if loss < math.inf else math.inf
         if index in reached and not loss < reached[index][0]:
             return False
         reached[index] = loss, horizon
