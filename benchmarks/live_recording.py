@@ -3,7 +3,9 @@
     python benchmarks/live_recording.py
     python benchmarks/live_recording.py --parts
 
-Processor seconds of a run with koopt attached over those of the same run without it; the two take turns, by blocks.
+Processor seconds of a run with koopt attached over those of the same run without it. The two take turns, by blocks, as
+does who begins. Shown is the median of repeats, with the lowest and the highest; "nothing" compares two plain runs, and
+tells how far the others can be trusted.
 Recording alone is that of a run in which each jump is accepted (mode "jump"), or refused as noise ("auto"; where
 they are accepted, it pauses its means, and costs what "jump" does).
 With --parts: what a snapshot, a mean, all fits and a candidate take in optimizer steps, and what the budget assumes.
@@ -72,16 +74,22 @@ def overhead(sizes: tuple[int, ...], mode: str, batch: int, steps: int, refused:
         beside.loss()
         return 1.0  # nothing is ever better
 
-    koop = koopt.attach(beside.optimizer, beside.model, None if mode == "forecast" else guard, mode)
-    if not refused:  # snapshots are taken for attempts that are not made: they succeed, or are refused as noise
+    koop = None
+    if mode != "nothing":
+        koop = koopt.attach(beside.optimizer, beside.model, None if mode == "forecast" else guard, mode)
+    if koop is not None and not refused:  # no attempts are made: they succeed, or are refused as noise
         then = koop._schedule.start if mode == "auto" else koop._schedule.succeed
         koop._jump = lambda allowed: then(koop.steps)  # type: ignore[assignment]
-    pairs = [(plain.seconds(BLOCK), beside.seconds(BLOCK)) for _ in range(steps // BLOCK)]
+    pairs = []
+    for block in range(steps // BLOCK):
+        first = plain.seconds(BLOCK) if block % 2 else None
+        other = beside.seconds(BLOCK)
+        pairs.append((plain.seconds(BLOCK) if first is None else first, other))
     if refused:  # attempts are few and long
         share = sum(other for _, other in pairs) / sum(own for own, _ in pairs)
     else:
         share = statistics.median(other / own for own, other in pairs)
-    return share - 1, sum(jump.evaluations > 0 for jump in koop.jumps)
+    return share - 1, sum(jump.evaluations > 0 for jump in koop.jumps) if koop is not None else 0
 
 
 def parts(sizes: tuple[int, ...], batch: int) -> dict[str, tuple[float, float]]:
@@ -128,6 +136,7 @@ def median_seconds(call: Callable[[], object], times: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5_000)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--parts", action="store_true")
@@ -139,11 +148,14 @@ def main() -> None:
             told = ", ".join(f"{part} {took:.3f} (assumed {assumed:.3f})" for part, (took, assumed) in found.items())
             print(f"{name} weights, in steps: {told}", flush=True)
             continue
-        for refused, modes in ((False, ("forecast", "jump", "auto")), (True, ("jump", "auto"))):
+        for refused, modes in ((False, ("nothing", "forecast", "jump", "auto")), (True, ("jump", "auto"))):
             for mode in modes:
-                share, attempts = overhead(SIZES[name], mode, arguments.batch, arguments.steps, refused)
-                what = f"{attempts} attempts, all refused, and recording" if refused else "recording"
-                print(f"{name} weights, {mode}: {what} cost {100 * share:.1f} % of {arguments.steps} steps", flush=True)
+                given = (SIZES[name], mode, arguments.batch, arguments.steps, refused)
+                found = [overhead(*given) for _ in range(arguments.repeats)]
+                low, middle, high = (100 * f(share for share, _ in found) for f in (min, statistics.median, max))
+                what = f"{found[0][1]} attempts, all refused, and recording" if refused else "recording"
+                cost = f"{middle:.1f} % ({low:.1f} to {high:.1f}) of {arguments.steps} steps"
+                print(f"{name} weights, {mode}: {what} cost {cost}", flush=True)
 
 
 if __name__ == "__main__":
