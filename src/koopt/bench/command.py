@@ -101,6 +101,8 @@ def bench(
         why = next(iter(outcome.failed.values()), f"{folder / 'trials'} holds no trials of the baseline")
         raise ValueError(f"nothing to report: {why}")
     drawn = _draw(outcome, folder) if outcome.targets else []
+    titles = {name: method.title for name, method in methods.items()}
+    (folder / "targets.md").write_text(results.markdown(rows, titles))
     about = asdict(settings) | {"tuning_seeds": protocol.TUNING, "shares": protocol.SHARES}
     about |= {"task": task.name, "steps": task.steps, "looks": task.looks, "full_batch": task.full_batch}
     seconds = time.perf_counter() - begin

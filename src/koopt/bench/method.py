@@ -43,6 +43,7 @@ class Trainer:
         guard: whether it needs the guard's split.
         full_batch: None: for all tasks; True or False: only for such tasks.
         without: names of the trainers that it is without koopt, the first that is for a task; none if it is not koopt.
+        title: what it is called where people read; its name if empty.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Trainer:
     guard: bool = False
     full_batch: bool | None = None
     without: tuple[str, ...] = ()
+    title: str = ""
 
 
 class Observing(Protocol):
@@ -80,9 +82,11 @@ class Observer:
         start: begins beside a run of the model.
         grid: the settings that are searched; all of them observe the same runs.
         beside: the trainer whose runs it observes.
+        title: what it is called where people read; its name if empty.
     """
 
     name: str
     start: Callable[[nn.Module, Problem, Mapping[str, Any], int], Observing]
     grid: tuple[Mapping[str, Any], ...] = field(default=({},))
     beside: str = "optimizer"
+    title: str = ""

@@ -77,6 +77,30 @@ def tables(found: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, str], l
     return drawn
 
 
+def markdown(found: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:
+    """The rows of one task as a table to publish.
+
+    Args:
+        found: rows of result.json.
+        titles: what methods are called; those that are not in it by their names.
+    """
+    targets = [row for row in found if row["table"] == "targets"]
+    ends = {row["method"]: row for row in found if row["table"] == "cosine"}
+    headings = ["method", *(f"{share:.0%}" for share in SHARES), "reach the last"]
+    headings += ["end of a cosine"] if ends else []
+    headings += ["CPU to the last", "final loss", "test", "> 2 % worse"]
+    lines = [headings, ["---"] * len(headings)]
+    for method in _methods(targets):
+        own = [row for row in targets if row["method"] == method]
+        last, name = own[-1], f"{own[-1]['measure']}_share"
+        line = [titles.get(method) or method, *(_published(row, name) for row in own)]
+        line += [f"{last['reached']}/{last['seeds']}", *([_published(ends[method], name)] if ends else ())]
+        line += [_number(last["seconds_share"]), f"{last['final_loss']:.3g}", f"{last['test_loss']:.3g}"]
+        without = "" if last["worse_than_without"] is None else f"; {last['worse_than_without']}"
+        lines.append([*line, f"{last['worse']}{without}"])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 TO_COSINE = {"method": "method", "share": "share of its cost", "seconds": "share of its CPU", "reached": "reached"}
 CHOSEN = {"method": "method", "tried": "tried", "setting": "setting"}
 
@@ -234,6 +258,11 @@ def _with_interval(row: Mapping[str, Any], name: str) -> str:
         return _number(math.inf)
     low, high = (_number(row[f"{name}_{end}"]).removeprefix("0") for end in ("low", "high"))
     return f"{_number(row[name])} {low}-{high}"
+
+
+def _published(row: Mapping[str, Any], name: str) -> str:
+    low, high = (_number(row[f"{name}_{end}"]) for end in ("low", "high"))
+    return _number(row[name]) if low == "∞" else f"{_number(row[name])} ({low} to {high})"
 
 
 def _number(share: float | None) -> str:

@@ -17,26 +17,70 @@ def _with_cosine(task: Task) -> list[dict[str, Any]]:
 
 
 _ALL: tuple[Trainer | Observer, ...] = (
-    Trainer("optimizer", training.start_plain, training.searched),
-    Trainer("cosine", training.start_plain, _with_cosine, full_batch=True),
+    Trainer("optimizer", training.start_plain, training.searched, title="tuned optimizer"),
+    Trainer("cosine", training.start_plain, _with_cosine, full_batch=True, title="the same with a cosine"),
     # what is left out for a guard costs data: the same optimizer without them
-    Trainer("guarded", training.start_plain, training.searched, guard=True, full_batch=False),
-    Observer("ema", averages.start_ema, averages.DECAYS),
-    Observer("dema", averages.start_dema, averages.DOUBLES),
-    Observer("lawa", averages.start_lawa, averages.LATEST),
-    Observer("regression", averages.start_regression, averages.LINES),
-    Trainer("lookahead", training.start_lookahead, training.searched, training.LOOKAHEADS),
-    Trainer("schedule-free", training.start_schedule_free, training.schedule_free_settings, training.MOMENTA),
-    Trainer("soap", training.start_soap, training.soap_settings, training.SOAPS, full_batch=True),
-    Trainer("lbfgs", quasi_newton.start, quasi_newton.settings, full_batch=True),
-    Trainer("scaled-lbfgs", quasi_newton.start_scaled, quasi_newton.settings, full_batch=True),
-    Trainer("line", jumping.start_line, training.searched, jumping.LINES, guard=True, full_batch=True),
-    Trainer("anderson", jumping.start_anderson, training.searched, jumping.ANDERSONS, guard=True, full_batch=True),
-    # in noisy training jumps do harm: copies for evaluation
-    Observer("line-copy", averages.start_line_copy, averages.SHARES, beside="guarded"),
-    Observer("anderson-copy", averages.start_anderson_copy, averages.SHARES, beside="guarded"),
     Trainer(
-        "koopt", attached.start(training.start_plain), attached.grid(), guard=True, without=("guarded", "optimizer")
+        "guarded",
+        training.start_plain,
+        training.searched,
+        guard=True,
+        full_batch=False,
+        title="tuned optimizer without the guard's examples",
+    ),
+    Observer("ema", averages.start_ema, averages.DECAYS, title="EMA"),
+    Observer("dema", averages.start_dema, averages.DOUBLES, title="double EMA"),
+    Observer("lawa", averages.start_lawa, averages.LATEST, title="mean of the last weights (LAWA)"),
+    Observer("regression", averages.start_regression, averages.LINES, title="regression line"),
+    Trainer("lookahead", training.start_lookahead, training.searched, training.LOOKAHEADS, title="Lookahead"),
+    Trainer(
+        "schedule-free",
+        training.start_schedule_free,
+        training.schedule_free_settings,
+        training.MOMENTA,
+        title="Schedule-Free",
+    ),
+    Trainer("soap", training.start_soap, training.soap_settings, training.SOAPS, full_batch=True, title="SOAP"),
+    Trainer("lbfgs", quasi_newton.start, quasi_newton.settings, full_batch=True, title="L-BFGS"),
+    Trainer(
+        "scaled-lbfgs", quasi_newton.start_scaled, quasi_newton.settings, full_batch=True, title="self-scaled L-BFGS"
+    ),
+    Trainer(
+        "line",
+        jumping.start_line,
+        training.searched,
+        jumping.LINES,
+        guard=True,
+        full_batch=True,
+        title="guarded straight line",
+    ),
+    Trainer(
+        "anderson",
+        jumping.start_anderson,
+        training.searched,
+        jumping.ANDERSONS,
+        guard=True,
+        full_batch=True,
+        title="guarded Anderson",
+    ),
+    # in noisy training jumps do harm: copies for evaluation
+    Observer(
+        "line-copy",
+        averages.start_line_copy,
+        averages.SHARES,
+        beside="guarded",
+        title="straight line, horizon by the guard",
+    ),
+    Observer(
+        "anderson-copy", averages.start_anderson_copy, averages.SHARES, beside="guarded", title="Anderson, by the guard"
+    ),
+    Trainer(
+        "koopt",
+        attached.start(training.start_plain),
+        attached.grid(),
+        guard=True,
+        without=("guarded", "optimizer"),
+        title="**koopt**",
     ),
     Trainer(
         "koopt-no-guard",
@@ -44,6 +88,7 @@ _ALL: tuple[Trainer | Observer, ...] = (
         attached.grid(),
         full_batch=False,
         without=("optimizer",),
+        title="koopt without a guard",
     ),
     Trainer(
         "koopt-lbfgs",
@@ -52,6 +97,7 @@ _ALL: tuple[Trainer | Observer, ...] = (
         guard=True,
         full_batch=True,
         without=("lbfgs",),
+        title="koopt on L-BFGS",
     ),
     Trainer(
         "koopt-soap",
@@ -61,6 +107,7 @@ _ALL: tuple[Trainer | Observer, ...] = (
         guard=True,
         full_batch=True,
         without=("soap",),
+        title="koopt on SOAP",
     ),
     Trainer(
         "koopt-schedule-free",
@@ -69,6 +116,7 @@ _ALL: tuple[Trainer | Observer, ...] = (
         training.MOMENTA,
         guard=True,
         full_batch=False,
+        title="koopt on Schedule-Free",
     ),
 )
 METHODS: dict[str, Trainer | Observer] = {method.name: method for method in _ALL}
