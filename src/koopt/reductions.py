@@ -43,6 +43,29 @@ def norm(vector: Float[Tensor, " state"], ranks: Ranks | None) -> float:
     return gram(vector[None], ranks).sqrt().item()
 
 
+def inner(
+    left: Float[Tensor, "time state"], right: Float[Tensor, "time state"], ranks: Ranks | None
+) -> Float[Tensor, " time"]:
+    """The inner product of each pair of rows, over all processes, in float64 on the CPU.
+
+    >>> inner(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 1.0]]), None)
+    tensor([7.], dtype=torch.float64)
+    """
+    if ranks is None:
+        return torch.einsum("ij,ij->i", left, right).cpu().to(torch.float64)
+    own = [torch.einsum("ij,ij->i", left[:, part], right[:, part]) for part in ranks.owned]
+    return all_reduce(torch.stack(own).sum(dim=0).cpu().to(torch.float64), ranks)
+
+
+def dot(left: Float[Tensor, " state"], right: Float[Tensor, " state"], ranks: Ranks | None) -> float:
+    """The inner product of two vectors, over all processes.
+
+    >>> dot(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 1.0]), None)
+    7.0
+    """
+    return left.dot(right).item() if ranks is None else inner(left[None], right[None], ranks).item()
+
+
 def triangular_factor(rows: Float[Tensor, "time state"], ranks: Ranks | None) -> Float[Tensor, "time rank"]:
     """:func:`linalg.triangular_factor` over the columns of all processes, on the CPU.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from koopt import distributed, sharding
+from koopt.live import secants
 from koopt.live.candidates import FEWEST
 from koopt.live.handle import Live, is_attached
 from koopt.live.momentum import POLICIES
@@ -37,6 +38,7 @@ def attach(
     window: int = 56,
     cycle: int = 100,
     tail: int = 30,
+    history: int | None = None,
     momentum: str = "keep",
     max_overhead: float = 0.06,
     refresh: Callable[[], object] | None = None,
@@ -61,6 +63,8 @@ def attach(
         window: even, the largest number of block means that forecasts are made from.
         cycle: optimizer steps between attempts to jump; tripled after each that fails, up to 16 cycles.
         tail: how many steps at the end of a cycle jumps are made from.
+        history: how many pairs of changes of weights and gradients are kept for steps along secants; 0: no such steps;
+            None: 50, or as many as 256 MiB hold, or none where these are fewer than 8.
         momentum: after a jump "keep" it, "reset" it to zero, "scale" it by the square root of the loss ratio, or
             "combine" its recorded values as the weights were. L-BFGS starts anew, since it compares gradients of
             successive points.
@@ -112,6 +116,8 @@ def attach(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             why = ", the tail" if name == "cycle" else ""
             raise ValueError(f"{name} is {value!r}, expected a whole number >= {least}{why}")
+    if history is not None and (isinstance(history, bool) or not isinstance(history, int) or history < 0):
+        raise ValueError(f"history is {history!r}, expected a whole number >= 0, or None")
     if window % 2:
         raise ValueError(f"window is {window}, expected an even number: its block means merge in pairs")
     if isinstance(max_overhead, bool) or not isinstance(max_overhead, Real) or not 0 <= max_overhead < math.inf:
@@ -127,6 +133,8 @@ def attach(
     if dtype not in DTYPES:
         raise TypeError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}, or None")
     place = torch.device(device) if device is not None else parameters[0].device
+    if history is None:  # by the whole parameters, so that all processes have the same
+        history = secants.default_length(list(named.values()), dtype)
     settings = Settings(
         mode=mode if guard is not None else "forecast",
         window=window,
@@ -136,6 +144,7 @@ def attach(
         max_overhead=float(max_overhead),
         dtype=dtype,
         device=place,
+        history=0 if guard is None or mode == "forecast" else history,
     )
     asked = repr((replace(settings, device=torch.device(place.type)), guard is None, refresh is None))
     ranks = distributed.join(model, named, group, asked)
@@ -166,10 +175,14 @@ def _trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn
 
 def _require_memory(parameters: Sequence[Tensor], settings: Settings) -> None:
     snapshots, means = settings.snapshots, settings.means
-    needed, free = nbytes_of(parameters, snapshots, means, settings.dtype), free_memory(settings.device)
+    needed = nbytes_of(parameters, snapshots, means, settings.dtype)
+    needed, free = (
+        needed + secants.nbytes_of(parameters, settings.history, settings.dtype),
+        free_memory(settings.device),
+    )
     if free is not None and needed > free:
         raise ValueError(
-            f"window: {snapshots + means} snapshots in {settings.dtype} need {needed / 2**30:.3g} GiB, "
-            f"{settings.device} has {free / 2**30:.3g} GiB free; "
-            "take a smaller window or tail, dtype=torch.bfloat16, or device='cpu'"
+            f"window: {snapshots + means} snapshots and {settings.history} pairs in {settings.dtype} need "
+            f"{needed / 2**30:.3g} GiB, {settings.device} has {free / 2**30:.3g} GiB free; "
+            "take a smaller window, tail or history, dtype=torch.bfloat16, or device='cpu'"
         )

@@ -14,6 +14,10 @@ FIT = 6  # how often a fit goes through the recorded window; a candidate does on
 MOST, ENOUGH = 16, 6  # evaluations in one attempt; with fewer it is not worth its fit
 PATIENCE = 16  # the longest wait between attempts that fail, in cycles,
 SELDOM = 0.2  # or until they take this share of the budget
+# steps along secants: optimizer steps between them, evaluations, how often one goes through all pairs, what that may
+# cost beside the steps between
+INTERVAL, TRIES, LOOPS, SIDE = 20, 5, 2, 0.2
+CHANCES, ADVANCE = 2, 200  # tries before one is better; steps whose budget they may spend beforehand
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Costs:
     Attributes:
         fit: once.
         candidate: each one, its evaluation with it.
+        secants: once a step along them.
 
     >>> costs = Costs.of(parameters=0, window=0)
     >>> costs.fit, round(costs.candidate, 3)
@@ -31,12 +36,13 @@ class Costs:
 
     fit: float = 0.0
     candidate: float = GUARD
+    secants: float = 0.0
 
     @classmethod
-    def of(cls, parameters: int, window: int) -> Costs:
-        """For so many bytes of parameters and of recorded snapshots."""
+    def of(cls, parameters: int, window: int, pairs: int = 0) -> Costs:
+        """For so many bytes of parameters, of recorded snapshots and of secant pairs."""
         step = CALLS + PASSES * parameters
-        return cls(FIT * window / step, GUARD + window / step)
+        return cls(FIT * window / step, GUARD + window / step, LOOPS * pairs / step)
 
 
 @dataclass
@@ -48,6 +54,7 @@ class Schedule:
             cycles, or until attempts take a fifth of the budget.
         max_overhead: what recording, fits and evaluations may cost, as a share of the steps.
         costs: of an attempt.
+        following: when a step along secants is due; 0: none is.
 
     >>> schedule = Schedule(cycle=100, max_overhead=0.03)
     >>> schedule.allowed(100)
@@ -64,6 +71,9 @@ class Schedule:
     wait: int = 0
     began: int = 0
     spent: float = 0.0
+    following: int = 0
+    vain: int = 0  # steps along secants that were of no use, one after the other
+    proven: bool = False  # whether any was of use
 
     def __post_init__(self) -> None:
         self.due = self.due or self.cycle
@@ -89,6 +99,23 @@ class Schedule:
         self.wait = min(3 * max(self.wait, steps - self.began), max(PATIENCE * self.cycle, math.ceil(seldom)))
         self.began, self.due = steps, steps + self.wait
 
-    def succeed(self, steps: int) -> None:
+    def succeed(self, steps: int, secants: bool = False) -> None:
+        """A jump was accepted; where there are secants, a step along them follows."""
         self.wait = self.cycle
         self.due = steps + self.cycle
+        if secants:
+            self.follow(steps)
+
+    @property
+    def interval(self) -> int:
+        """Optimizer steps between steps along secants, as long as these are of use."""
+        return max(INTERVAL, math.ceil(self.costs.secants / SIDE))
+
+    def follow(self, steps: int) -> None:
+        self.following, self.vain = steps + self.interval, 0
+
+    def in_vain(self, steps: int) -> None:
+        """A step along secants was of no use: the next waits three times as long, or for a jump if none ever was."""
+        self.vain += 1
+        wait = min(3**self.vain * self.interval, PATIENCE * max(self.cycle, self.interval))
+        self.following = steps + wait if self.proven or self.vain < CHANCES else 0

@@ -229,7 +229,7 @@ def moved(
     """
     change = coefficients.to(snapshots.device, torch.float64, copy=True)
     change[-1] -= 1.0
-    return _cast(parameters, linalg.combine(change, snapshots, torch.float64), ranks, add=True)
+    return cast(parameters, linalg.combine(change, snapshots, torch.float64), ranks, add=True)
 
 
 def combined(
@@ -240,11 +240,11 @@ def combined(
 ) -> list[Tensor] | None:
     """The combination of the snapshots, in the shapes and dtypes of the parameters; None if one is not finite."""
     flat = linalg.combine(coefficients.to(snapshots.device), snapshots, torch.float64)
-    return _cast(parameters, flat, ranks, add=False)
+    return cast(parameters, flat, ranks, add=False)
 
 
 @torch.no_grad()
-def _cast(parameters: Sequence[Tensor], flat: Tensor, ranks: Ranks | None, add: bool) -> list[Tensor] | None:
+def cast(parameters: Sequence[Tensor], flat: Tensor, ranks: Ranks | None, add: bool) -> list[Tensor] | None:
     """The pieces of `flat`, which is used up, in the shapes and dtypes of the parameters; None if one is not finite."""
     sizes = [parameter.numel() for parameter in parameters]
     if add:

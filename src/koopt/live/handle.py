@@ -14,12 +14,12 @@ from weakref import WeakSet
 import torch
 
 from koopt import distributed, sharding
-from koopt.live import evaluating, records, resuming
+from koopt.live import evaluating, records, resuming, secants
 from koopt.live import momentum as moments
-from koopt.live.budget import ENOUGH, MEAN, MOST, SNAPSHOT, Costs, Schedule
+from koopt.live.budget import ADVANCE, ENOUGH, MEAN, MOST, SNAPSHOT, TRIES, Costs, Schedule
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, roughness
 from koopt.live.guard import RandomState, buffers_kept, measure, undisturbed
-from koopt.live.jumps import Found, search
+from koopt.live.jumps import Found, follow, search
 from koopt.live.refreshing import refreshed, write_buffers
 from koopt.live.skipping import moving, skipped
 from koopt.live.weights import Weights
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from koopt.live.settings import Settings
 
 KEY = "koopt"  # in the optimizer's own state dict, where asked for
-SCHEDULED = ("due", "wait", "began", "spent")
+RECORDED = 8  # points before a step along secants, where they are not tried again and again
+SCHEDULED = ("due", "wait", "began", "spent", "following", "vain", "proven")
 log = logging.getLogger("koopt")
 _attached: WeakSet[torch.optim.Optimizer] = WeakSet()
 
@@ -77,10 +78,14 @@ class Live:
         combine = settings.snapshots > settings.tail
         self._momenta = Snapshots(recorded, settings.tail, *place) if combine else None
         self._means = BlockMeans(recorded, settings.window, *place) if settings.means else None
+        self._secants = secants.Secants(recorded, settings.history, *place) if settings.history else None
         whole = list(named.values())  # so that all processes have the same schedule, however many they are
         window = nbytes_of(whole, 0 if self._tail is None else settings.tail, 0, settings.dtype)
-        costs = Costs.of(sum(parameter.nbytes for parameter in whole), window)
+        pairs = secants.nbytes_of(whole, settings.history, settings.dtype)
+        costs = Costs.of(sum(parameter.nbytes for parameter in whole), window, pairs)
         self._schedule = Schedule(settings.cycle, settings.max_overhead, costs)
+        if self._secants is not None:
+            self._schedule.follow(0)
         self._recording = settings.snapshots * SNAPSHOT  # what the snapshots for one attempt cost
         self._choice = Choice()
         self._taste = evaluating.Taste()
@@ -224,7 +229,7 @@ class Live:
         state: dict[str, Any] = {"settings": settings, "steps": self.steps, "sound": self._sound}
         state |= {name: getattr(self._schedule, name) for name in SCHEDULED}
         state |= {name: self._weights.named_state(part.state_dict()) for name, part in self._parts().items()}
-        learnt = {"choice": self._choice.state_dict(), "taste": self._taste.state_dict()}
+        learnt = {name: part.state_dict() for name, part in self._learners().items()}
         return state | learnt | {"jumps": records.as_text(self.jumps)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -240,14 +245,17 @@ class Live:
         jumps = records.from_text(state["jumps"])
         for name, part in self._parts().items():
             part.load_state_dict(self._weights.flat_state(state[name]))
-        self._choice.load_state_dict(state["choice"])
-        self._taste.load_state_dict(state["taste"])
+        for name, part in self._learners().items():
+            part.load_state_dict(state[name])
         for name in SCHEDULED:
             setattr(self._schedule, name, state[name])
         self.steps, self._sound, self.jumps = state["steps"], state["sound"], jumps
 
-    def _parts(self) -> dict[str, Snapshots | BlockMeans]:
-        parts = {"snapshots": self._tail, "momenta": self._momenta, "means": self._means}
+    def _learners(self) -> dict[str, Any]:
+        return {"choice": self._choice, "taste": self._taste}
+
+    def _parts(self) -> dict[str, Snapshots | BlockMeans | secants.Secants]:
+        parts = {"snapshots": self._tail, "momenta": self._momenta, "means": self._means, "secants": self._secants}
         return {name: part for name, part in parts.items() if part is not None}
 
     def _into(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -264,6 +272,8 @@ class Live:
                 f"optimizer.step() within {self._weights.holder}: the weights are not the trained ones there; "
                 "step outside of it"
             )
+        if self._secants is not None and self._at_point(self.steps + 1):
+            self._secants.begin(self._weights.parameters)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if skipped(optimizer):
@@ -273,8 +283,31 @@ class Live:
         if self._means is not None and not (self.jumps and self.jumps[-1].accepted):
             self._means.add(self._weights.parameters)
             self._schedule.spent += MEAN / self._means.stride
+        if self._secants is not None and self._toward_step(self._secants):
+            return
         if self._tail is not None:
             self._toward_jump(self._tail)
+
+    def _at_point(self, step: int) -> bool:
+        """Whether a step is one whose gradient is recorded for the step along secants that is due."""
+        left = self._schedule.following - step
+        return 0 <= left < RECORDED * secants.EVERY and left % secants.EVERY == 0
+
+    def _toward_step(self, held: secants.Secants) -> bool:
+        """Record gradients before the step along secants that is due, and take it; whether the weights were moved."""
+        schedule = self._schedule
+        if not self._at_point(self.steps):
+            return False
+        if schedule.max_overhead == 0:
+            return False
+        held.end(secants.gradients(list(self._weights.named.values())))
+        schedule.spent += 2 * SNAPSHOT
+        if self.steps < schedule.following:
+            return False
+        if schedule.allowed(self.steps + ADVANCE, schedule.costs.secants) < TRIES:
+            schedule.following += schedule.interval
+            return False
+        return self._follow(held).accepted
 
     def _toward_jump(self, tail: Snapshots) -> None:
         """Record the last steps before the attempt that is due, and make it, as far as the budget allows."""
@@ -285,7 +318,7 @@ class Live:
         if left == length - 1 and not schedule.afford(self._recording):
             if not self.jumps or not self.jumps[-1].reason.startswith("budget"):
                 why = f"budget: max_overhead={schedule.max_overhead:g} does not allow {ENOUGH} evaluations yet"
-                self._tell(Found(why), 0, time.perf_counter())
+                self._tell(records.record(Found(why), self.steps, evaluations=0, seconds=0.0))
             return
         tail.add(self._weights.parameters)
         if self._momenta is not None:
@@ -295,31 +328,55 @@ class Live:
             self._jump(schedule.allowed(self.steps))
 
     def _jump(self, allowed: int) -> Jump:
+        """Try the families of candidates on the recorded steps."""
         self._weights.require_free()
         if self._tail is None:
             raise ValueError('jump: mode is "forecast"; attach with a guard and mode "auto" or "jump"')
-        started, self._evaluations = time.perf_counter(), 0
         self._schedule.start(self.steps)
-        unlike = distributed.unlike(self.steps, self._weights.named.values(), self._ranks)
         snapshots = self._tail.ordered()
         moved = distributed.union(moving(self._optimizer, snapshots), len(snapshots), self._ranks)
+        window = snapshots[moved] if len(moved) < len(snapshots) else snapshots
         try:
-            window = snapshots[moved] if len(moved) < len(snapshots) else snapshots
-            found, buffers = (Found(unlike), {}) if unlike else self._attempt(window, allowed)
-            if found.weights is not None:
-                self._move(found, buffers, moved)
-                self._schedule.succeed(self.steps)
-                if self._means is not None:
-                    self._means.clear()  # an average across a jump is of no use
+            jump = self._try(lambda: self._attempt(window, allowed), moved)
         finally:
-            for part in (self._tail, self._momenta):
-                if part is not None:
-                    part.clear()
-        return self._tell(found, self._evaluations, started)
+            self._forget()
+        if jump.accepted:
+            self._schedule.succeed(self.steps, self._secants is not None)
+        return self._tell(jump)
 
-    def _tell(self, found: Found, evaluations: int, started: float) -> Jump:
+    def _follow(self, held: secants.Secants) -> Jump:
+        """Try a step along the secants; what one costs that is better is not counted against the budget."""
+        self._weights.require_free()
+        schedule, spent = self._schedule, self._schedule.spent
+        schedule.in_vain(self.steps)  # until it has proved not to be
+        jump = self._try(lambda: self._attempt_along(held))
+        if jump.accepted:
+            self._forget()
+            schedule.spent, schedule.proven = spent, True
+            schedule.succeed(self.steps, secants=True)
+        return self._tell(jump)
+
+    def _forget(self) -> None:
+        """The recorded steps are used, or lie before a jump."""
+        for part in (self._tail, self._momenta):
+            if part is not None:
+                part.clear()
+
+    def _try(
+        self, attempt: Callable[[], tuple[Found, Mapping[str, Tensor]]], moved: Sequence[int] | None = None
+    ) -> Jump:
+        """Make an attempt, and move the weights if it is to be; the record of it."""
+        started, self._evaluations = time.perf_counter(), 0
+        unlike = distributed.unlike(self.steps, self._weights.named.values(), self._ranks)
+        found, buffers = (Found(unlike), {}) if unlike else attempt()
+        if found.weights is not None:
+            self._move(found, buffers, moved)
+            if self._means is not None:
+                self._means.clear()  # an average across a jump is of no use
+        return records.record(found, self.steps, self._evaluations, time.perf_counter() - started)
+
+    def _tell(self, jump: Jump) -> Jump:
         """Keep the record of an attempt, and pass it on."""
-        jump = records.record(found, self.steps, evaluations, time.perf_counter() - started)
         self.jumps.append(jump)
         log.log(logging.INFO if jump.accepted else logging.DEBUG, "%s", jump)
         for callback in self._callbacks:
@@ -341,6 +398,19 @@ class Live:
         proposer = Proposer(snapshots, self._ranks)
         if not bool(proposer.path.isfinite().all()):
             return Found("the recorded weights hold NaN or Inf"), {}
+        return self._judged(
+            lambda saved, before: search(proposer, self._choice, saved, before, allowed - extra, self._measure)
+        )
+
+    def _attempt_along(self, held: secants.Secants) -> tuple[Found, Mapping[str, Tensor]]:
+        self._schedule.spent += self._schedule.costs.secants
+        step = secants.newton(held, secants.adaptive(self._optimizer, list(self._weights.named.values())), self._ranks)
+        if step is None:
+            return Found(f"secants: none of {held.pairs} tells of a minimum"), {}
+        return self._judged(lambda saved, before: follow(step, saved, before, TRIES - 1, self._measure, self._ranks))
+
+    def _judged(self, searching: Callable[[Sequence[Tensor], float], Found]) -> tuple[Found, Mapping[str, Tensor]]:
+        """What a search finds by the guard, and is still better with its buffers renewed; the weights are as before."""
         with self._weights.holding("a jump's guard") as saved, self._same_numbers():
             before = self._measure(saved)
             if not math.isfinite(before):
@@ -348,7 +418,7 @@ class Live:
                     raise ValueError(f"guard returned {before} at the weights as they are, expected a finite loss")
                 return Found(f"the guard is {before} at the weights as they are"), {}
             self._sound = True
-            found = search(proposer, self._choice, saved, before, allowed - extra, self._measure)
+            found = searching(saved, before)
             if found.weights is None or self._refresh is None:
                 return found, {}
             self._weights.write(found.weights)
@@ -361,11 +431,10 @@ class Live:
             return found, buffers
         return found._replace(weights=None, reason="with its buffers refreshed the best candidate was not better"), {}
 
-    def _move(self, found: Found, buffers: Mapping[str, Tensor], moved: list[int]) -> None:
+    def _move(self, found: Found, buffers: Mapping[str, Tensor], moved: Sequence[int] | None) -> None:
         assert found.weights is not None
         assert found.before is not None
         assert found.after is not None
-        assert found.coefficients is not None
         self._weights.write(found.weights)
         write_buffers(self._model, buffers)
         distributed.settle(self._weights.named.values(), self._ranks)
@@ -375,8 +444,9 @@ class Live:
         elif policy == "scale":  # as gradients shrink near a minimum, where the loss is their square
             ratio = found.after / found.before if found.before > 0 else 0.0
             moments.scale(optimizer, parameters, math.sqrt(max(ratio, 0.0)))
-        elif self._momenta is not None:
-            moments.combine(optimizer, parameters, self._momenta.ordered()[moved], found.coefficients, self._ranks)
+        elif self._momenta is not None and found.coefficients is not None and moved is not None:
+            recorded = self._momenta.ordered()[list(moved)]
+            moments.combine(optimizer, parameters, recorded, found.coefficients, self._ranks)
         moments.restart_curvature(optimizer)
 
     def _forecast(self, steps: float | None) -> list[Tensor]:

@@ -6,12 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from koopt.live.candidates import FAMILIES, LONGEST, SHORTEST, Candidate, Choice, Proposer, gain, moved
+import torch
+
+from koopt.live.candidates import FAMILIES, LONGEST, SHORTEST, Candidate, Choice, Proposer, cast, gain, moved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
+
+    from koopt.exchange import Ranks
+    from koopt.live.secants import Step
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Jump:
     Attributes:
         step: optimizer steps recorded until then.
         forecaster, rank, horizon: of the best candidate, its horizon in optimizer steps (infinite: the fixed point);
-            None if none was evaluated.
+            None if none was evaluated. Of "secants" the rank is the number of pairs, and there is no horizon.
         before, after: the guard's loss at the weights as they were and at the best candidate; None if not evaluated.
         accepted: whether the weights were moved; if not, they are bitwise as they were.
         reason: "better", or why they were not moved.
@@ -115,3 +120,50 @@ def search(
     if best.after is not None and best.after < before:
         return best._replace(reason="better")
     return best._replace(weights=None)
+
+
+def follow(
+    step: Step,
+    saved: Sequence[Tensor],
+    before: float,
+    count: int,
+    evaluate: Callable[[Sequence[Tensor]], float],
+    ranks: Ranks | None = None,
+) -> Found:
+    """Evaluate a step and lengths around it; take the best if it is strictly better than the weights as they are.
+
+    The whole step first; if it is better, twice as far as long as that lowers the loss, else half of it, then a quarter
+    of what was tried last, until one is better.
+
+    Args:
+        step: from a recent point.
+        saved: the weights as they are.
+        before: their loss, finite.
+        count: how many evaluations may be made.
+        evaluate: the loss at other weights.
+        ranks: the processes that hold the other columns.
+    """
+    best = Found("no candidate was better", before)
+
+    def lower(length: float) -> bool:
+        nonlocal best
+        weights = cast(saved, torch.add(step.origin, step.direction, alpha=length), ranks, add=False)
+        loss = math.inf if weights is None else evaluate(weights)
+        if not loss < (math.inf if best.after is None else best.after):
+            return False
+        best = Found(best.reason, before, loss, Candidate("secants", 1.0, {"rank": step.pairs}), None, weights)
+        return True
+
+    def better() -> bool:
+        return best.after is not None and best.after < before
+
+    length = 1.0
+    lower(length)
+    factor = 2.0 if better() else 0.5
+    for _ in range(count - 1):
+        length *= factor
+        improved = lower(length)
+        if better() and not (improved and factor > 1):
+            break
+        factor = 2.0 if better() else 0.25
+    return best._replace(reason="better") if better() else best._replace(weights=None)

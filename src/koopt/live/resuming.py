@@ -19,7 +19,8 @@ ASK = "pass what state_dict() returned"
 
 def compared(settings: Settings, named: Mapping[str, Tensor]) -> dict[str, Any]:
     """What has to be the same in a resumed run."""
-    own = {"mode": settings.mode, "window": settings.window, "tail": settings.tail, "dtype": str(settings.dtype)}
+    own = {name: getattr(settings, name) for name in ("mode", "window", "tail", "history")}
+    own["dtype"] = str(settings.dtype)
     shapes = {name: list(parameter.shape) for name, parameter in named.items()}
     return own | {"combine": settings.momentum == "combine", "shapes": shapes}
 

@@ -21,6 +21,7 @@ class Settings:
     max_overhead: float
     dtype: torch.dtype
     device: torch.device
+    history: int
 
     @property
     def snapshots(self) -> int:

@@ -33,7 +33,7 @@ class Snapshots:
 
     def __init__(self, tensors: Sequence[Tensor], length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows = torch.zeros(length, sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
-        self._cut = [_cut(row, tensors) for row in self.rows]
+        self._cut = [cut(row, tensors) for row in self.rows]
         self.taken = 0
 
     @torch.no_grad()
@@ -84,7 +84,7 @@ class BlockMeans:
         size = sum(tensor.numel() for tensor in tensors)
         self.rows = torch.zeros(window, size, dtype=dtype, device=device)
         self.sum = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        self._sums = _cut(self.sum, tensors)
+        self._sums = cut(self.sum, tensors)
         self.held, self.block, self.open = 0, 1, 0
 
     def add(self, tensors: Sequence[Tensor]) -> None:
@@ -155,7 +155,7 @@ class BlockMeans:
         self.held, self.block, self.open = (int(state[name]) for name in ("held", "block", "open"))
 
 
-def _cut(row: Tensor, tensors: Sequence[Tensor]) -> list[Any]:
+def cut(row: Tensor, tensors: Sequence[Tensor]) -> list[Any]:
     """Views of a row in the shapes of the tensors."""
     pieces = row.split([tensor.numel() for tensor in tensors])
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
