@@ -74,6 +74,7 @@ class Schedule:
     following: int = 0
     vain: int = 0  # steps along secants that were of no use, one after the other
     proven: bool = False  # whether any was of use
+    tries: int = 0  # steps along secants in all
 
     def __post_init__(self) -> None:
         self.due = self.due or self.cycle

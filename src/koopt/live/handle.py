@@ -19,7 +19,7 @@ from koopt.live import momentum as moments
 from koopt.live.budget import ADVANCE, ENOUGH, MEAN, MOST, SNAPSHOT, TRIES, Costs, Schedule
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, roughness
 from koopt.live.guard import RandomState, buffers_kept, measure, undisturbed
-from koopt.live.jumps import Found, follow, search
+from koopt.live.jumps import TOLERANCE, Found, disagreement, follow, search
 from koopt.live.refreshing import refreshed, write_buffers
 from koopt.live.skipping import moving, skipped
 from koopt.live.weights import Weights
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 KEY = "koopt"  # in the optimizer's own state dict, where asked for
 RECORDED = 8  # points before a step along secants, where they are not tried again and again
-SCHEDULED = ("due", "wait", "began", "spent", "following", "vain", "proven")
+SCHEDULED = ("due", "wait", "began", "spent", "following", "vain", "proven", "tries")
 log = logging.getLogger("koopt")
 _attached: WeakSet[torch.optim.Optimizer] = WeakSet()
 
@@ -164,7 +164,9 @@ class Live:
             yield
 
     def jump(self) -> Jump:
-        """Try to jump now, from the recent steps that are recorded; counted in the budget, but not bound by it.
+        """Try to jump now, from the recent steps that are recorded, or else along the secants.
+
+        It is counted in the budget, but not bound by it.
 
         Returns:
             What came of it, which is also the last of `jumps`.
@@ -178,6 +180,9 @@ class Live:
         >>> koopt.attach(optimizer, model, guard=lambda: model.weight.square().sum(), mode="jump").jump().reason
         'too few snapshots: 0 recent steps are recorded, 6 are needed'
         """
+        self._weights.require_free()
+        if self._secants is not None and self._secants.pairs and self._tail is not None and not self._tail.taken:
+            return self._follow(self._secants)
         return self._jump(MOST)
 
     def on_jump(self, callback: Callable[[Jump], object]) -> None:
@@ -298,14 +303,12 @@ class Live:
         schedule = self._schedule
         if not self._at_point(self.steps):
             return False
-        if schedule.max_overhead == 0:
-            return False
         held.end(secants.gradients(list(self._weights.named.values())))
         schedule.spent += 2 * SNAPSHOT
         if self.steps < schedule.following:
             return False
         if schedule.allowed(self.steps + ADVANCE, schedule.costs.secants) < TRIES:
-            schedule.following += schedule.interval
+            schedule.following += max(schedule.interval, schedule.cycle)
             return False
         return self._follow(held).accepted
 
@@ -407,7 +410,18 @@ class Live:
         step = secants.newton(held, secants.adaptive(self._optimizer, list(self._weights.named.values())), self._ranks)
         if step is None:
             return Found(f"secants: none of {held.pairs} tells of a minimum"), {}
-        return self._judged(lambda saved, before: follow(step, saved, before, TRIES - 1, self._measure, self._ranks))
+        self._schedule.tries += 1
+        # rarer and rarer: what is smooth seldom turns noisy
+        asked = self._settings.mode == "auto" and self._schedule.tries & (self._schedule.tries - 1) == 0
+
+        def searching(saved: Sequence[Tensor], before: float) -> Found:
+            if asked:
+                off = disagreement(step, saved, self._measure, self._ranks)
+                if not off <= TOLERANCE:
+                    return Found(f"noise: the guard's slope is off that of the gradients by {off:.2g} of it", before)
+            return follow(step, saved, before, TRIES - 1, self._measure, self._ranks)
+
+        return self._judged(searching)
 
     def _judged(self, searching: Callable[[Sequence[Tensor], float], Found]) -> tuple[Found, Mapping[str, Tensor]]:
         """What a search finds by the guard, and is still better with its buffers renewed; the weights are as before."""

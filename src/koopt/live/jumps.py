@@ -122,6 +122,30 @@ def search(
     return best._replace(weights=None)
 
 
+SHORT, TOLERANCE = 0.02, 0.25  # of a step; of its slope
+
+
+def disagreement(
+    step: Step, saved: Sequence[Tensor], evaluate: Callable[[Sequence[Tensor]], float], ranks: Ranks | None = None
+) -> float:
+    """How far the guard's slope along a step is from that of the gradients, relatively, by two evaluations.
+
+    Where both are of the same loss it is about 0: then gradients are not noise. Under mini-batches it is of order 1.
+
+    Args:
+        step: from a recent point.
+        saved: the weights as they are.
+        evaluate: the loss at other weights.
+        ranks: the processes that hold the other columns.
+    """
+    losses = []
+    for length in (0.0, SHORT):
+        weights = cast(saved, torch.add(step.origin, step.direction, alpha=length), ranks, add=False)
+        losses.append(math.nan if weights is None else evaluate(weights))
+    expected = step.slope * SHORT
+    return abs((losses[1] - losses[0]) / expected - 1) if expected else math.nan
+
+
 def follow(
     step: Step,
     saved: Sequence[Tensor],

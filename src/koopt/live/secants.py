@@ -156,11 +156,13 @@ class Step(NamedTuple):
         origin: `(state,)`, that point.
         direction: `(state,)`, to where the gradient would vanish if it were linear.
         pairs: how many it rests on.
+        slope: of the loss along `direction`, by the gradient at `origin`.
     """
 
     origin: Tensor
     direction: Tensor
     pairs: int
+    slope: float
 
 
 @torch.no_grad()
@@ -210,4 +212,4 @@ def newton(secants: Secants, diagonal: Tensor | None = None, ranks: Ranks | None
     for i, share in zip(kept, reversed(shares), strict=True):
         rest = share - reductions.dot(changes[i].to(finer), found, ranks) / curved[i]
         found.add_(steps[i], alpha=rest)
-    return Step(secants.weights, found, len(kept))
+    return Step(secants.weights, found, len(kept), reductions.dot(secants.gradient, found, ranks))
