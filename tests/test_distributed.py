@@ -16,6 +16,7 @@ from two_processes import (
     bowed,
     each_alone,
     exchanged,
+    exchanged_along_secants,
     fail,
     flat_parameters,
     interrupted,
@@ -154,6 +155,9 @@ def test_what_is_exchanged_does_not_grow_with_the_model(pair, kind):
     assert abs(large["cycle"] - small["cycle"]) <= 1024  # other candidates may have no answer
     assert 39 * 39 * 8 < large["forecast"] <= 2**20  # a Gram matrix of the block means, and more
     assert small["recorded"] == large["recorded"] == 0
+    small, large = (pair.both(exchanged_along_secants, kind, width)[0] for width in (8, 4096))
+    assert small["step"]["forecaster"] == large["step"]["forecaster"] == "secants"
+    assert 0 < large["bytes"] <= 2**13  # single numbers
 
 
 @pytest.mark.parametrize(

@@ -48,13 +48,13 @@ def test_snapshots_keep_the_last():
 def test_memory_is_bounded_stated_and_of_the_dtype_asked_for():
     task = Task(sgd)
     size = flat(task.model).numel()
-    koop = task.attach(dtype=torch.bfloat16, guard=task.loss)
-    assert koop.nbytes == size * (2 * (8 + 8) + 4)
+    koop = task.attach(dtype=torch.bfloat16, guard=task.loss, history=5)
+    assert koop.nbytes == size * (2 * (8 + 8) + 4 + 2 * 2 * 5 + 4 * 4)
     before = koop.nbytes
     task.run(steps=100)
     assert koop.nbytes == before
     koop.detach()
-    assert task.attach(guard=task.loss, mode="jump", momentum="combine").nbytes == size * 4 * (8 + 8)
+    assert task.attach(guard=task.loss, mode="jump", momentum="combine", history=0).nbytes == size * 4 * (8 + 8)
     assert len(koop.forecast()) == 4
 
 

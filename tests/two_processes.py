@@ -239,7 +239,7 @@ def resumed(kind, folder, **options):
 
 def exchanged(kind, width):
     """Bytes of one attempt at 40 snapshots, and of one forecast of 56 block means."""
-    options = {"cycle": 40, "tail": 40, "window": 56, "max_overhead": 1.0}
+    options = {"cycle": 40, "tail": 40, "window": 56, "max_overhead": 1.0, "history": 0}
     with counting() as recording:
         task = Training(kind, width=width, mode="auto", **options)
         attached = recording.bytes
@@ -251,6 +251,15 @@ def exchanged(kind, width):
     with counting() as cycle:
         task.run(1)
     return {"recorded": recorded, "cycle": cycle.bytes, "forecast": forecast.bytes, "jump": task.jumps[-1]}
+
+
+def exchanged_along_secants(kind, width):
+    """Bytes of one step along secants; its record."""
+    task = Training(kind, width=width, mode="jump", max_overhead=1.0)
+    task.run(39)
+    with counting() as step:
+        task.run(1)
+    return {"bytes": step.bytes, "step": task.jumps[-1]}
 
 
 def other_weights():

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from koopt.live.settings import Settings
 
 KEY = "koopt"  # in the optimizer's own state dict, where asked for
+ALWAYS = 4  # steps along secants before each of which it is asked whether gradients are noise
 RECORDED = 8  # points before a step along secants, where they are not tried again and again
 SCHEDULED = ("due", "wait", "began", "spent", "following", "vain", "proven", "tries")
 log = logging.getLogger("koopt")
@@ -411,8 +412,8 @@ class Live:
         if step is None:
             return Found(f"secants: none of {held.pairs} tells of a minimum"), {}
         self._schedule.tries += 1
-        # rarer and rarer: what is smooth seldom turns noisy
-        asked = self._settings.mode == "auto" and self._schedule.tries & (self._schedule.tries - 1) == 0
+        tries = self._schedule.tries  # rarer and rarer: what is smooth seldom turns noisy
+        asked = self._settings.mode == "auto" and (tries <= ALWAYS or tries & (tries - 1) == 0)
 
         def searching(saved: Sequence[Tensor], before: float) -> Found:
             if asked:

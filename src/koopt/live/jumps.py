@@ -122,7 +122,7 @@ def search(
     return best._replace(weights=None)
 
 
-SHORT, TOLERANCE = 0.02, 0.25  # of a step; of its slope
+SHORT, TOLERANCE = 0.02, 0.1  # of a step; of its slope
 
 
 def disagreement(

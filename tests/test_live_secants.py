@@ -1,0 +1,196 @@
+"""Steps along secants against dense algebra, and when they are taken."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from live_tasks import Bowl, Task, adam, resumable, sgd
+from torch.nn.functional import mse_loss
+
+from koopt.live.budget import Costs, Schedule
+from koopt.live.jumps import disagreement, follow
+from koopt.live.secants import Secants, Step, newton
+
+F64 = torch.float64
+
+
+def recorded(points, length, dtype=F64):
+    secants = Secants([torch.zeros(len(points[0][0]))], length, dtype, torch.device("cpu"))
+    for weights, gradient in points:
+        secants.begin([weights])
+        secants.end([gradient])
+    return secants
+
+
+def path(count, size, seed=0):
+    """Points of a run on a convex quadratic, its Hessian, and gradients there."""
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(size, size, generator=generator, dtype=F64)
+    hessian = root @ root.T + 0.1 * torch.eye(size, dtype=F64)
+    weights = torch.randn(count, size, generator=generator, dtype=F64).cumsum(dim=0)
+    return hessian, [(x, hessian @ x) for x in weights]
+
+
+def dense_bfgs(points, diagonal):
+    """The inverse Hessian that BFGS has after all pairs, as a matrix."""
+    pairs = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(points)]
+    step, change = pairs[-1]
+    inverse = torch.diag(diagonal) * (step @ change) / (change @ (diagonal * change))
+    for step, change in pairs:
+        share = 1 / (step @ change)
+        left = torch.eye(len(step), dtype=F64) - share * torch.outer(step, change)
+        inverse = left @ inverse @ left.T + share * torch.outer(step, step)
+    return inverse
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(2, 7), size=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_two_loops_are_the_dense_update(count, size, seed):
+    _, points = path(count, size, seed)
+    secants = recorded(points, 10)
+    steps, changes = secants.steps[: secants.pairs], secants.changes[: secants.pairs]
+    own = steps.square().sum(dim=0).sqrt() / changes.square().sum(dim=0).sqrt()
+    for diagonal in (None, torch.linspace(1, 2, size, dtype=F64)):
+        step = newton(secants, diagonal)
+        inverse = dense_bfgs(points, own if diagonal is None else diagonal)
+        expected = -inverse @ points[-1][1]
+        torch.testing.assert_close(step.direction, expected, rtol=1e-6, atol=1e-8 * expected.norm().item())
+        torch.testing.assert_close(step.origin, points[-1][0])
+        assert step.slope == pytest.approx((expected @ points[-1][1]).item(), rel=1e-6)
+        assert step.slope < 0  # downhill, as the update keeps the inverse positive
+        torch.testing.assert_close(inverse @ changes[-1], steps[-1], rtol=1e-6, atol=1e-6)  # the oracle's own check
+
+
+def test_along_one_line_the_step_ends_where_the_gradient_vanishes():
+    points = [(torch.tensor([x], dtype=F64), torch.tensor([3 * (x - 2)], dtype=F64)) for x in (7.0, 5.0, 4.5)]
+    step = newton(recorded(points, 4))
+    torch.testing.assert_close(step.origin + step.direction, torch.tensor([2.0], dtype=F64))
+
+
+def test_the_oldest_pairs_go_and_order_is_of_time():
+    _, points = path(9, 4)
+    kept, again = recorded(points, 3), recorded(points[-4:], 3)
+    assert kept.pairs == again.pairs == 3
+    torch.testing.assert_close(newton(kept).direction, newton(again).direction)
+    assert kept.order() == [2, 0, 1]
+
+
+def test_pairs_that_tell_of_no_minimum_are_left_out():
+    _, points = path(4, 3)
+    alone = newton(recorded(points, 10)).direction
+    concave = [(points[0][0] + torch.ones(3, dtype=F64), points[0][1] - torch.ones(3, dtype=F64))]
+    mixed = recorded([*concave, *points], 10)
+    assert mixed.pairs == 4
+    torch.testing.assert_close(newton(mixed).direction, alone)
+    broken = recorded([(points[0][0], torch.full((3,), math.nan, dtype=F64)), *points], 10)
+    torch.testing.assert_close(newton(broken).direction, alone)
+    assert newton(recorded([*concave, points[0]], 10)) is None
+    assert newton(recorded(points[:1], 10)) is None
+
+
+def test_lengths_double_while_that_helps_and_shrink_until_one_does():
+    step = Step(torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64), 3, -1.0)
+
+    def tried(loss, count=6):
+        seen = []
+
+        def evaluate(weights):
+            seen.append(weights[0].item())
+            return loss(seen[-1])
+
+        return follow(step, [torch.zeros(1, dtype=F64)], loss(0.0), count, evaluate), seen
+
+    found, seen = tried(lambda x: (x - 4) ** 2)
+    assert seen == [1, 2, 4, 8]
+    assert (found.weights[0].item(), found.after, found.reason, found.candidate.rank) == (4.0, 0.0, "better", 3)
+    found, seen = tried(lambda x: (x - 0.1) ** 2)
+    assert seen == [1, 0.5, 0.125]
+    assert found.weights[0].item() == 0.125
+    found, seen = tried(lambda x: x, count=4)
+    assert seen == [1, 0.5, 0.125, 0.03125]
+    assert found.weights is None
+    found, seen = tried(lambda x: math.nan if x else 1.0, count=2)
+    assert found.weights is None
+    assert found.reason == "no candidate was better"
+
+
+def test_disagreement_is_small_for_the_same_loss_and_large_for_another():
+    hessian, points = path(6, 5)
+    step = newton(recorded(points, 10))
+    saved = [points[-1][0]]
+
+    def loss(weights):
+        return 0.5 * (weights[0] @ hessian @ weights[0]).item()
+
+    curvature = (step.direction @ hessian @ step.direction).item()
+    assert disagreement(step, saved, loss) == pytest.approx(abs(0.01 * curvature / step.slope), rel=1e-3)
+    assert disagreement(step, saved, lambda weights: -loss(weights)) > 1.9
+    assert math.isnan(disagreement(step, saved, lambda weights: math.nan))
+
+
+@pytest.mark.parametrize("mode", ["auto", "jump"])
+def test_smooth_training_follows_secants_and_is_ahead(mode):
+    task, plain = Task(adam), Task(adam)
+    koop = task.attach(guard=task.loss, mode=mode, cycle=100, tail=30, max_overhead=0.06)
+    task.run(steps=200)
+    plain.run(steps=200)
+    taken = [jump for jump in koop.jumps if jump.forecaster == "secants" and jump.accepted]
+    assert len(taken) >= 5
+    assert all(jump.after < jump.before and jump.horizon is None and jump.rank > 0 for jump in taken)
+    assert task.loss().item() < 0.9 * plain.loss().item()
+
+
+def test_in_auto_mini_batches_are_told_from_their_gradients():
+    task = Task(sgd)
+    generator = torch.Generator().manual_seed(3)
+    x, y = task.x, task.y
+    koop = task.attach(guard=lambda: mse_loss(task.model(x), y), mode="auto", cycle=1000, tail=30)
+    for step in range(200):
+        rows = torch.randint(0, 32, (4,), generator=generator)
+        task.x, task.y = x[rows], y[rows] + torch.randn(4, 1, generator=generator)
+        task.step(step)
+    assert [jump.step for jump in koop.jumps] == [20, 80]  # and then no more
+    assert all(jump.reason.startswith("noise: the guard's slope is off") for jump in koop.jumps)
+
+
+def test_no_history_no_secants():
+    bowl = Bowl(history=0, cycle=100, tail=30)
+    bowl.run(99)
+    assert not bowl.koop.jumps
+
+
+def test_steps_along_secants_grow_rare_while_they_fail():
+    schedule = Schedule(cycle=100, max_overhead=0.06)
+    schedule.follow(0)
+    due = []
+    for _ in range(3):
+        due.append(schedule.following)
+        schedule.in_vain(schedule.following)
+    assert due == [20, 80, 0]  # two tries, then none before a jump
+    schedule.proven = True
+    schedule.follow(1000)
+    for _ in range(7):
+        due.append(schedule.following)
+        schedule.in_vain(schedule.following)
+    assert due[3:] == [1020, 1080, 1260, 1800, 3400, 5000, 6600]
+    dear = Schedule(cycle=100, max_overhead=0.06, costs=Costs(secants=15.0))
+    assert dear.interval == 75  # so that it takes a fifth beside the steps between
+
+
+@pytest.mark.parametrize("at", [10, 20, 33])
+def test_a_resumed_run_follows_the_same_secants(at):
+    whole, koop = resumable(history=6, cycle=100, tail=30)
+    whole.run(steps=at)
+    kept = copy.deepcopy([part.state_dict() for part in (whole.model, whole.optimizer, whole.scheduler, koop)])
+    resumed, again = resumable(history=6, cycle=100, tail=30)
+    for part, own in zip((resumed.model, resumed.optimizer, resumed.scheduler, again), kept, strict=True):
+        part.load_state_dict(own)
+    for step in range(at, 60):
+        whole.step(step)
+        resumed.step(step)
+    assert resumed.bits == whole.bits
+    assert any(jump.forecaster == "secants" and jump.accepted for jump in koop.jumps)
