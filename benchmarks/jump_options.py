@@ -1,0 +1,86 @@
+"""What options of `koopt.attach` bring on the full-batch tasks of `koopt bench`, on seeds of the development.
+
+    python benchmarks/jump_options.py --option history 0 --option history 25
+
+Prints the cost, a guard evaluation counted as a third of a step, until the losses that Adam with a cosine schedule has
+at 50, 75 and 100 % of its steps, as a share of these steps (geometric mean over the seeds; a loss that is missed counts
+1.5), and the processor time to the last one: with the defaults, with each option, and of the guarded straight line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import koopt
+from koopt.bench import statistics
+from koopt.bench.method import Trainer
+from koopt.bench.methods.jumping import LINE, LINES, start_line
+from koopt.bench.methods.training import Counted, Run, searched, start_plain
+from koopt.bench.run import run
+from koopt.bench.tasks import TASKS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from koopt.bench.task import Problem, Task
+
+RATES = {"de-solver": 0.04, "burgers": 0.008}
+SHARES, MISSED = (0.5, 0.75, 1.0), 1.5
+
+
+def start(options: Mapping[str, Any], problem: Problem, setting: Mapping[str, Any], steps: int) -> Run:
+    """Adam with koopt."""
+    begun = start_plain(problem, setting, steps)
+    begun.guard = Counted(problem.guard)
+    koopt.attach(begun.optimizer, problem.model, guard=begun.guard, **options)
+    return begun
+
+
+def shares(task: Task, trainer: Trainer, setting: Mapping[str, Any], seed: int, losses: list[float]) -> list[float]:
+    """Of the steps to each loss, and seconds to the last."""
+    curve = run(task, trainer, setting, seed)[0].curve
+    found = [statistics.crossing(curve.cost, curve.loss, loss) / task.steps for loss in losses]
+    return [*found, statistics.crossing(curve.seconds, curve.loss, losses[-1])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(3000, 3008)))
+    parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine")
+    parser.add_argument("--option", nargs=2, action="append", default=[], metavar=("NAME", "JSON"), help="of attach")
+    arguments = parser.parse_args()
+    ways: dict[str, tuple[Trainer, Mapping[str, Any]]] = {}
+    for name, text in [("", ""), *arguments.option]:
+        options = {name: json.loads(text)} if name else {}
+        ways[f"{name} {text}".strip() or "defaults"] = Trainer("koopt", functools.partial(start, options), searched), {}
+    for setting in (LINE, *LINES):
+        title = "line, " + ", ".join(f"{key} {value}" for key, value in setting.items())
+        ways[title] = Trainer("line", start_line, searched, guard=True), setting
+    for task in (TASKS[name] for name in arguments.tasks):
+        given = {"optimizer": task.optimizers[0], "rate": RATES[task.name], "schedule": "cosine"}
+        plain = {
+            seed: run(task, Trainer("plain", start_plain, searched), given, seed)[0].curve for seed in arguments.seeds
+        }
+        aims = {s: [float(np.interp(at * task.steps, c.cost, c.loss)) for at in SHARES] for s, c in plain.items()}
+        for title, (trainer, setting) in ways.items():
+            own = given | dict(setting) | {"schedule": arguments.schedule}
+            found = [shares(task, trainer, own, seed, aims[seed]) for seed in arguments.seeds]
+            rows = np.array([[one if math.isfinite(one) else MISSED for one in row[:3]] for row in found])
+            means, reached = np.exp(np.log(rows).mean(axis=0)), sum(math.isfinite(row[2]) for row in found)
+            seconds = np.median([row[3] for row in found])
+            print(
+                f"{task.name:10s} {title:24s} {' '.join(f'{mean:.3f}' for mean in means)}  "
+                f"{reached}/{len(found)} reach the last, {seconds:.1f} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
