@@ -8,12 +8,14 @@ does who begins. Shown is the median of repeats, with the lowest and the highest
 tells how far the others can be trusted.
 Recording alone is that of a run in which each jump is accepted (mode "jump"), or refused as noise ("auto"; where
 they are accepted, it pauses its means, and costs what "jump" does).
-With --parts: what a snapshot, a mean, all fits and a candidate take in optimizer steps, and what the budget assumes.
+With --parts: what a snapshot, a mean, all fits, a candidate and the direction along secants take, in optimizer steps,
+and what the budget assumes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import time
@@ -26,6 +28,9 @@ import koopt
 from koopt.live.budget import MEAN, SNAPSHOT, Costs
 from koopt.live.candidates import FAMILIES, Proposer, moved
 from koopt.live.guard import measure
+from koopt.live.jumps import Found
+from koopt.live.records import record
+from koopt.live.secants import Secants, adaptive, default_length, gradients, newton
 from koopt.live.window import BlockMeans, Snapshots
 
 if TYPE_CHECKING:
@@ -78,8 +83,10 @@ def overhead(sizes: tuple[int, ...], mode: str, batch: int, steps: int, refused:
     if mode != "nothing":
         koop = koopt.attach(beside.optimizer, beside.model, None if mode == "forecast" else guard, mode)
     if koop is not None and not refused:  # no attempts are made: they succeed, or are refused as noise
-        then = koop._schedule.start if mode == "auto" else koop._schedule.succeed
+        then = koop._schedule.start if mode == "auto" else functools.partial(koop._schedule.succeed, secants=True)
+        vain = koop._schedule.in_vain if mode == "auto" else then
         koop._jump = lambda allowed: then(koop.steps)  # type: ignore[assignment]
+        koop._follow = lambda held: vain(koop.steps) or record(Found("not tried"), koop.steps, 0, 0.0)
     pairs = []
     for block in range(steps // BLOCK):
         first = plain.seconds(BLOCK) if block % 2 else None
@@ -113,13 +120,19 @@ def parts(sizes: tuple[int, ...], batch: int) -> dict[str, tuple[float, float]]:
         for family in FAMILIES:
             proposer.coefficients(family)
 
+    pairs = Secants(parameters, default_length(parameters, torch.float32), torch.float32, torch.device("cpu"))
+    for _ in range(2 * len(pairs.steps)):
+        pairs.begin(parameters)
+        run.step()
+        pairs.end(gradients(parameters))
     step = median_seconds(run.step, 200)
-    costs = Costs.of(sum(p.nbytes for p in parameters), tail.nbytes)
+    costs = Costs.of(sum(p.nbytes for p in parameters), tail.nbytes, pairs.nbytes)
     measured = {
         "snapshot": (median_seconds(lambda: tail.add(parameters), 100), SNAPSHOT),
         "mean": (median_seconds(lambda: means._add(parameters), 100), MEAN),
         "fit": (median_seconds(fits, 10), costs.fit),
         "candidate": (median_seconds(candidate, 20), costs.candidate),
+        "secants": (median_seconds(lambda: newton(pairs, adaptive(run.optimizer, parameters)), 10), costs.secants),
     }
     return {name: (seconds / step, assumed) for name, (seconds, assumed) in measured.items()}
 
