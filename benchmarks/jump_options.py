@@ -4,7 +4,7 @@
 
 Prints the cost, a guard evaluation counted as a third of a step, until the losses that Adam with a cosine schedule has
 at 50, 75 and 100 % of its steps, as a share of these steps (geometric mean over the seeds; a loss that is missed counts
-1.5), and the processor time to the last one: with the defaults, with each option, and of the guarded straight line.
+1.5), and the processor time to the last one: with the defaults and with each option.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(3000, 3008)))
     parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine")
     parser.add_argument("--option", nargs=2, action="append", default=[], metavar=("NAME", "JSON"), help="of attach")
+    parser.add_argument("--lines", action="store_true", help="the guarded straight line too, at all its settings")
     arguments = parser.parse_args()
     ways: dict[str, tuple[Trainer, Mapping[str, Any]]] = {}
     for name, text in [("", ""), *arguments.option]:
         options = {name: json.loads(text)} if name else {}
         ways[f"{name} {text}".strip() or "defaults"] = Trainer("koopt", functools.partial(start, options), searched), {}
-    for setting in (LINE, *LINES):
+    for setting in (LINE, *LINES) if arguments.lines else ():
         title = "line, " + ", ".join(f"{key} {value}" for key, value in setting.items())
         ways[title] = Trainer("line", start_line, searched, guard=True), setting
     for task in (TASKS[name] for name in arguments.tasks):

@@ -581,3 +581,20 @@ def test_bad_commands(own, options, message, tmp_path, capsys):
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_published_table():
+    row = {"table": "targets", "method": "koopt", "measure": "cost", "reached": 9, "seeds": 10, "seconds_share": 0.5}
+    row |= {"cost_share": 0.25, "cost_share_low": 0.2, "cost_share_high": math.inf, "final_loss": 1.0, "test_loss": 2.0}
+    rows = [{**row, "target": at, "worse": 2, "worse_than_without": 0} for at in protocol.SHARES]
+    missed = {
+        "cost_share": math.inf,
+        "cost_share_low": math.inf,
+        "cost_share_high": math.inf,
+        "seconds_share": math.inf,
+    }
+    rows += [{**one, **missed, "method": "ema", "worse_than_without": None} for one in rows]
+    head, _, koopt, other = results.markdown(rows, {"koopt": "**koopt**", "ema": ""}).splitlines()
+    assert head == "| method | 50% | 75% | 100% | reach the last | CPU to the last | final loss | test | > 2 % worse |"
+    assert koopt == "| **koopt** | " + "0.25 (0.20 to ∞) | " * 3 + "9/10 | 0.50 | 1 | 2 | 2; 0 |"
+    assert other == "| ema | " + "∞ | " * 3 + "9/10 | ∞ | 1 | 2 | 2 |"
