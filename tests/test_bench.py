@@ -598,3 +598,11 @@ def test_the_published_table():
     assert head == "| method | 50% | 75% | 100% | reach the last | CPU to the last | final loss | test | > 2 % worse |"
     assert koopt == "| **koopt** | " + "0.25 (0.20 to ∞) | " * 3 + "9/10 | 0.50 | 1 | 2 | 2; 0 |"
     assert other == "| ema | " + "∞ | " * 3 + "9/10 | ∞ | 1 | 2 | 2 |"
+
+
+def test_a_method_of_koopt_without_runs_is_said_to_be_missing():
+    task = SimpleNamespace(name="bowl")
+    outcome = SimpleNamespace(
+        task=task, failed={}, search={"koopt": None}, records={}, without={"koopt": {0: None}}, outdated=set()
+    )
+    assert results.findings(outcome, 2) == ["bowl: not complete, of 2 seeds there are: koopt 0"]

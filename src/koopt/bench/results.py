@@ -114,7 +114,11 @@ def findings(outcome: Outcome, seeds: int) -> list[str]:
         counts = ", ".join(f"{method} {there}" for method, there in short.items())
         found.append(f"{outcome.task.name}: not complete, of {seeds} seeds there are: {counts}")
     for method, without in outcome.without.items():
-        counts = f"{_worse_than_without(outcome, method)} of {len(without)} seeds of {method}"
+        worse = _worse_than_without(outcome, method)
+        if worse is None:  # it was asked for, but has no runs yet
+            continue
+        both = len(outcome.records[method].keys() & without.keys())
+        counts = f"{worse} of {both} seeds of {method}"
         found.append(f"{outcome.task.name}: {counts} end more than 2 % above the same run without it")
     if outcome.outdated:
         found.append(
@@ -154,7 +158,7 @@ def _targets(outcome: Outcome) -> list[dict[str, Any]]:
 
 def _worse_than_without(outcome: Outcome, method: str) -> int | None:
     """How many seeds end worse than the same run without koopt; None where that was not run."""
-    records, without = outcome.records[method], outcome.without.get(method, {})
+    records, without = outcome.records.get(method, {}), outcome.without.get(method, {})
     both = [seed for seed in records if seed in without]
     return sum(_over(records[seed], without[seed]) > WORSE for seed in both) if both else None
 

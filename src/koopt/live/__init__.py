@@ -49,9 +49,10 @@ def attach(
 ) -> Live:
     """Put koopt beside an optimizer: the training loop stays as it is.
 
-    After each step the weights are recorded. With a guard a jump is tried at the end of each cycle: candidates are made
-    from the last steps, a few are evaluated by the guard, and the best is kept if its loss is lower than now. A run
-    without accepted jumps is bit for bit the run without koopt.
+    Weights are recorded. With a guard jumps are tried: every 20 steps along the secants of weights and gradients, as
+    long as that lowers the loss, else at the end of each cycle by candidates from the last steps. A few are evaluated
+    by the guard, and the best is kept if its loss is lower than now. A run without accepted jumps is bit for bit the
+    run without koopt.
 
     Args:
         optimizer: any ``torch.optim`` optimizer, or a wrapper that holds one as `optimizer`.
@@ -69,7 +70,8 @@ def attach(
             "combine" its recorded values as the weights were. L-BFGS starts anew, since it compares gradients of
             successive points.
         max_overhead: what recording, fits and the guard may cost, as a share of the steps. It is counted, not measured:
-            an evaluation is 1/3 of a step, the rest goes by bytes as on batches of 64; see docs/live.md.
+            an evaluation is 1/3 of a step, the rest goes by bytes as on batches of 64; see docs/live.md. Steps along
+            secants that lowered the loss are not counted.
         refresh: called without arguments once weights are moved, to renew what depends on them, such as the statistics
             of BatchNorm: ``lambda: torch.optim.swa_utils.update_bn(loader, model)``. A jump has to be better with them
             too, else weights and buffers are put back. None: buffers stay as they are.
