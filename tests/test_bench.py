@@ -20,6 +20,7 @@ from koopt.bench import command, figures, protocol, results, statistics, trials
 from koopt.bench.method import Observer, Trainer
 from koopt.bench.run import run
 from koopt.bench.task import Problem, Task
+from koopt.bench.tasks import TASKS
 
 CURVATURES = torch.tensor([1.0, 0.25], dtype=torch.float64)
 NOTHING = lambda *_: None  # noqa: E731
@@ -601,8 +602,6 @@ def test_the_published_table():
 
 
 def test_a_method_of_koopt_without_runs_is_said_to_be_missing():
-    task = SimpleNamespace(name="bowl")
-    outcome = SimpleNamespace(
-        task=task, failed={}, search={"koopt": None}, records={}, without={"koopt": {0: None}}, outdated=set()
-    )
-    assert results.findings(outcome, 2) == ["bowl: not complete, of 2 seeds there are: koopt 0"]
+    search, task = {"koopt": protocol.Search(None, [])}, TASKS["de-solver"]
+    outcome = protocol.Outcome(task, [], search, {}, without={"koopt": {}}, failed={}, outdated=set())
+    assert results.findings(outcome, 2) == ["de-solver: not complete, of 2 seeds there are: koopt 0"]
