@@ -73,7 +73,15 @@ def attempt(task: Task, number: int, attempts: int, counts: Counter[str]) -> Non
     optimizer = OPTIMIZERS[task.optimizers[0]](problem.model.parameters(), lr=rate)
     check = Check(problem, optimizer, counts)
     koop = koopt.attach(
-        optimizer, problem.model, problem.guard, "jump", cycle=8, tail=8, momentum=policy, max_overhead=100.0
+        optimizer,
+        problem.model,
+        problem.guard,
+        "jump",
+        cycle=8,
+        tail=8,
+        momentum=policy,
+        max_overhead=100.0,
+        history=50,
     )
     koop.on_jump(check.after)
     # also after a failure the next attempt is made in a cycle

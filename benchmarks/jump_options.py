@@ -1,6 +1,6 @@
 """What options of `koopt.attach` bring on the full-batch tasks of `koopt bench`, on seeds of the development.
 
-    python benchmarks/jump_options.py --option history 0 --option history 25
+    python benchmarks/jump_options.py --option history 50 --option history 25
 
 Prints the cost, a guard evaluation counted as a third of a step, until the losses that Adam with a cosine schedule has
 at 50, 75 and 100 % of its steps, as a share of these steps (geometric mean over the seeds; a loss that is missed counts

@@ -71,7 +71,9 @@ class Run:
         return time.thread_time() - started
 
 
-def overhead(sizes: tuple[int, ...], mode: str, batch: int, steps: int, refused: bool) -> tuple[float, int]:
+def overhead(
+    sizes: tuple[int, ...], mode: str, batch: int, steps: int, history: int, refused: bool
+) -> tuple[float, int]:
     """The share that koopt adds, and how many attempts it made."""
     plain, beside = Run(sizes, batch), Run(sizes, batch)
 
@@ -81,7 +83,9 @@ def overhead(sizes: tuple[int, ...], mode: str, batch: int, steps: int, refused:
 
     koop = None
     if mode != "nothing":
-        koop = koopt.attach(beside.optimizer, beside.model, None if mode == "forecast" else guard, mode)
+        koop = koopt.attach(
+            beside.optimizer, beside.model, None if mode == "forecast" else guard, mode, history=history
+        )
     if koop is not None and not refused:  # no attempts are made: they succeed, or are refused as noise
         then = koop._schedule.start if mode == "auto" else functools.partial(koop._schedule.succeed, secants=True)
         vain = koop._schedule.in_vain if mode == "auto" else then
@@ -152,6 +156,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--history", type=int, default=0, help="of attach: steps along secants")
     parser.add_argument("--parts", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -163,7 +168,7 @@ def main() -> None:
             continue
         for refused, modes in ((False, ("nothing", "forecast", "jump", "auto")), (True, ("jump", "auto"))):
             for mode in modes:
-                given = (SIZES[name], mode, arguments.batch, arguments.steps, refused)
+                given = (SIZES[name], mode, arguments.batch, arguments.steps, arguments.history, refused)
                 found = [overhead(*given) for _ in range(arguments.repeats)]
                 low, middle, high = (100 * f(share for share, _ in found) for f in (min, statistics.median, max))
                 what = f"{found[0][1]} attempts, all refused, and recording" if refused else "recording"

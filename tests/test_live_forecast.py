@@ -189,7 +189,7 @@ def test_block_means_pause_while_jumps_are_accepted():
         calls.append(1)
         return 1.0 if len(calls) == 1 or koop.jumps else 0.5
 
-    koop = task.attach(guard=guard, cycle=20, history=0)
+    koop = task.attach(guard=guard, cycle=20)
     held = []
     for step in range(80):
         task.step(step)

@@ -135,7 +135,7 @@ def test_disagreement_is_small_for_the_same_loss_and_large_for_another():
 @pytest.mark.parametrize("mode", ["auto", "jump"])
 def test_smooth_training_follows_secants_and_is_ahead(mode):
     task, plain = Task(adam), Task(adam)
-    koop = task.attach(guard=task.loss, mode=mode, cycle=100, tail=30, max_overhead=0.06)
+    koop = task.attach(guard=task.loss, mode=mode, cycle=100, tail=30, max_overhead=0.06, history=None)
     task.run(steps=200)
     plain.run(steps=200)
     taken = [jump for jump in koop.jumps if jump.forecaster == "secants" and jump.accepted]
@@ -148,7 +148,7 @@ def test_in_auto_mini_batches_are_told_from_their_gradients():
     task = Task(sgd)
     generator = torch.Generator().manual_seed(3)
     x, y = task.x, task.y
-    koop = task.attach(guard=lambda: mse_loss(task.model(x), y), mode="auto", cycle=1000, tail=30)
+    koop = task.attach(guard=lambda: mse_loss(task.model(x), y), mode="auto", cycle=1000, tail=30, history=50)
     for step in range(200):
         rows = torch.randint(0, 32, (4,), generator=generator)
         task.x, task.y = x[rows], y[rows] + torch.randn(4, 1, generator=generator)

@@ -54,7 +54,7 @@ def test_memory_is_bounded_stated_and_of_the_dtype_asked_for():
     task.run(steps=100)
     assert koop.nbytes == before
     koop.detach()
-    assert task.attach(guard=task.loss, mode="jump", momentum="combine", history=0).nbytes == size * 4 * (8 + 8)
+    assert task.attach(guard=task.loss, mode="jump", momentum="combine").nbytes == size * 4 * (8 + 8)
     assert len(koop.forecast()) == 4
 
 

@@ -239,7 +239,7 @@ def resumed(kind, folder, **options):
 
 def exchanged(kind, width):
     """Bytes of one attempt at 40 snapshots, and of one forecast of 56 block means."""
-    options = {"cycle": 40, "tail": 40, "window": 56, "max_overhead": 1.0, "history": 0}
+    options = {"cycle": 40, "tail": 40, "window": 56, "max_overhead": 1.0}
     with counting() as recording:
         task = Training(kind, width=width, mode="auto", **options)
         attached = recording.bytes
@@ -255,7 +255,7 @@ def exchanged(kind, width):
 
 def exchanged_along_secants(kind, width):
     """Bytes of one step along secants; its record."""
-    task = Training(kind, width=width, mode="jump", max_overhead=1.0)
+    task = Training(kind, width=width, mode="jump", max_overhead=1.0, history=50)
     task.run(39)
     with counting() as step:
         task.run(1)
