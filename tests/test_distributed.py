@@ -58,7 +58,16 @@ def require_like(own, other):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{"mode": "auto"}, {"momentum": "combine"}, {"width": 1, "mode": "auto"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "auto"},
+        {"momentum": "combine"},
+        {"width": 1, "mode": "auto"},
+        {"history": 8, "cycle": 100, "tail": 30, "mode": "auto"},
+    ],
+    ids=str,
+)
 def test_two_processes_jump_as_one_does(pair, kind, options):
     """With `width` 1 the second process has empty shards under FSDP2."""
     alone = trained("one", steps=30, **options)

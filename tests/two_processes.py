@@ -255,10 +255,10 @@ def exchanged(kind, width):
 
 def exchanged_along_secants(kind, width):
     """Bytes of one step along secants; its record."""
-    task = Training(kind, width=width, mode="jump", max_overhead=1.0, history=50)
-    task.run(39)
-    with counting() as step:
-        task.run(1)
+    task = Training(kind, width=width, cycle=100, tail=30, max_overhead=1.0, history=50)
+    while not task.jumps:
+        with counting() as step:
+            task.run(1)
     return {"bytes": step.bytes, "step": task.jumps[-1]}
 
 
