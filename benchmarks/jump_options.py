@@ -10,36 +10,27 @@ at 50, 75 and 100 % of its steps, as a share of these steps (geometric mean over
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import koopt
 from koopt.bench import statistics
 from koopt.bench.method import Trainer
+from koopt.bench.methods import attached
 from koopt.bench.methods.jumping import LINE, LINES, start_line
-from koopt.bench.methods.training import Counted, Run, searched, start_plain
+from koopt.bench.methods.training import searched, start_plain
+from koopt.bench.protocol import MISSED, SHARES
 from koopt.bench.run import run
 from koopt.bench.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from koopt.bench.task import Problem, Task
+    from koopt.bench.task import Task
 
 RATES = {"de-solver": 0.04, "burgers": 0.008}
-SHARES, MISSED = (0.5, 0.75, 1.0), 1.5
-
-
-def start(options: Mapping[str, Any], problem: Problem, setting: Mapping[str, Any], steps: int) -> Run:
-    """Adam with koopt."""
-    begun = start_plain(problem, setting, steps)
-    begun.guard = Counted(problem.guard)
-    koopt.attach(begun.optimizer, problem.model, guard=begun.guard, **options)
-    return begun
 
 
 def shares(task: Task, trainer: Trainer, setting: Mapping[str, Any], seed: int, losses: list[float]) -> list[float]:
@@ -60,7 +51,10 @@ def main() -> None:
     ways: dict[str, tuple[Trainer, Mapping[str, Any]]] = {}
     for name, text in [("", ""), *arguments.option]:
         options = {name: json.loads(text)} if name else {}
-        ways[f"{name} {text}".strip() or "defaults"] = Trainer("koopt", functools.partial(start, options), searched), {}
+        ways[f"{name} {text}".strip() or "defaults"] = (
+            Trainer("koopt", attached.start(start_plain, **options), searched),
+            {},
+        )
     for setting in (LINE, *LINES) if arguments.lines else ():
         title = "line, " + ", ".join(f"{key} {value}" for key, value in setting.items())
         ways[title] = Trainer("line", start_line, searched, guard=True), setting
@@ -71,7 +65,7 @@ def main() -> None:
         }
         aims = {s: [float(np.interp(at * task.steps, c.cost, c.loss)) for at in SHARES] for s, c in plain.items()}
         for title, (trainer, setting) in ways.items():
-            own = given | dict(setting) | {"schedule": arguments.schedule}
+            own = given | dict(setting) | {"schedule": arguments.schedule, "evaluated": "trained"}
             found = [shares(task, trainer, own, seed, aims[seed]) for seed in arguments.seeds]
             rows = np.array([[one if math.isfinite(one) else MISSED for one in row[:3]] for row in found])
             means, reached = np.exp(np.log(rows).mean(axis=0)), sum(math.isfinite(row[2]) for row in found)

@@ -93,7 +93,7 @@ def main() -> None:
         path = (arguments.folder or Path(made)) / "checkpoint.pt"
         reference, same = Run(), 0
         reference_random = torch.get_rng_state()
-        pause, reached = 0.08, 0
+        pause = 0.08
         for _ in range(arguments.kills):
             child = os.fork()
             if child == 0:
@@ -106,10 +106,9 @@ def main() -> None:
                 killed.load(path)
             random_state = torch.get_rng_state()
             torch.set_rng_state(reference_random)
+            pause = 0.08 if killed.step > reference.step else 2 * pause  # a busy machine needs longer to get anywhere
             while reference.step < killed.step:
                 reference.train()
-            pause = 0.08 if killed.step > reached else 2 * pause  # on a busy machine it needs longer to get anywhere
-            reached = killed.step
             reference_random = torch.get_rng_state()
             same += _identical(reference, killed) and torch.equal(random_state, reference_random)
         accepted = sum(jump.accepted for jump in reference.koop.jumps)

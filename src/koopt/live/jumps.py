@@ -140,7 +140,7 @@ def disagreement(
     """
     losses = []
     for length in (0.0, SHORT):
-        weights = cast(saved, torch.add(step.origin, step.direction, alpha=length), ranks, add=False)
+        weights = _along(step, length, saved, ranks)
         losses.append(math.nan if weights is None else evaluate(weights))
     expected = step.slope * SHORT
     return abs((losses[1] - losses[0]) / expected - 1) if expected else math.nan
@@ -171,7 +171,7 @@ def follow(
 
     def lower(length: float) -> bool:
         nonlocal best
-        weights = cast(saved, torch.add(step.origin, step.direction, alpha=length), ranks, add=False)
+        weights = _along(step, length, saved, ranks)
         loss = math.inf if weights is None else evaluate(weights)
         if not loss < (math.inf if best.after is None else best.after):
             return False
@@ -191,3 +191,8 @@ def follow(
             break
         factor = 2.0 if better() else 0.25
     return best._replace(reason="better") if better() else best._replace(weights=None)
+
+
+def _along(step: Step, length: float, saved: Sequence[Tensor], ranks: Ranks | None) -> list[Tensor] | None:
+    """The weights so much of a step from its origin, in the shapes and dtypes of `saved`; None if one is not finite."""
+    return cast(saved, torch.add(step.origin, step.direction, alpha=length), ranks, add=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from koopt import reductions
-from koopt.live.window import cut
+from koopt.live.window import cut, on
 from koopt.sharding import local
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ class Secants:
 
     @torch.no_grad()
     def _copy(self, which: int, tensors: Sequence[Tensor]) -> None:
-        device = self.weights.device
-        sources = [tensor if tensor.device == device else tensor.to(device) for tensor in tensors]
+        sources = on(self.weights.device, tensors)
         torch._foreach_copy_(self._pieces[which], sources)  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -39,7 +39,7 @@ class Snapshots:
     @torch.no_grad()
     def add(self, tensors: Sequence[Tensor]) -> None:
         pieces = self._cut[self.taken % len(self.rows)]
-        torch._foreach_copy_(pieces, _on(self.rows.device, tensors))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(pieces, on(self.rows.device, tensors))  # pyright: ignore[reportPrivateImportUsage]
         self.taken += 1
 
     def clear(self) -> None:
@@ -94,7 +94,7 @@ class BlockMeans:
 
     @torch.no_grad()
     def _add(self, tensors: Sequence[Tensor]) -> None:
-        sources = _on(self.sum.device, tensors)
+        sources = on(self.sum.device, tensors)
         if self.open == self.stride:
             torch._foreach_copy_(self._sums, sources)  # pyright: ignore[reportPrivateImportUsage]
         else:
@@ -161,7 +161,8 @@ def cut(row: Tensor, tensors: Sequence[Tensor]) -> list[Any]:
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
-def _on(device: torch.device, tensors: Sequence[Tensor]) -> list[Any]:
+def on(device: torch.device, tensors: Sequence[Tensor]) -> list[Any]:
+    """The tensors there, which is a copy only of those that are elsewhere."""
     return [tensor if tensor.device == device else tensor.to(device) for tensor in tensors]
 
 

@@ -22,13 +22,13 @@ def grid(of: Grid = searched) -> Grid:
     return lambda task: [setting | {"evaluated": _evaluated(task)} for setting in of(task)]
 
 
-def start(of: Start, guarded: bool = True) -> Start:
-    """Training as `of` starts it, with koopt attached to its optimizer."""
+def start(of: Start, guarded: bool = True, **options: Any) -> Start:
+    """Training as `of` starts it, with koopt attached to its optimizer, by its defaults but for `options`."""
 
     def attached(problem: Problem, setting: Mapping[str, Any], steps: int) -> Run:
         run = of(problem, setting, steps)
         run.guard = Counted(problem.guard) if guarded else None
-        koop = koopt.attach(run.optimizer, problem.model, guard=run.guard)
+        koop = koopt.attach(run.optimizer, problem.model, guard=run.guard, **options)
         swapped = run.swapped
 
         @contextlib.contextmanager
