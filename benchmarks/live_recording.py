@@ -114,9 +114,10 @@ def parts(sizes: tuple[int, ...], batch: int) -> dict[str, tuple[float, float]]:
         tail.add(parameters)
     snapshots, saved = tail.ordered(), [p.detach().clone() for p in parameters]
     coefficients = Proposer(snapshots).coefficients(FAMILIES[0])
+    displacements = snapshots - snapshots[-1]
 
     def candidate() -> None:
-        torch._foreach_copy_(saved, moved(saved, snapshots, coefficients))
+        torch._foreach_copy_(saved, moved(saved, displacements, coefficients))
         measure(run.loss, run.model)
 
     def fits() -> None:

@@ -49,11 +49,12 @@ def slopes(count: int, dtype: torch.dtype) -> None:
             parameter[0].add_(torch.randn(size), alpha=1e-3)
             held.add(parameter)
         window, coefficients = held.ordered(), torch.full((count,), 1 / count, dtype=torch.float64)
+        displacements = window - window[-1]
         calls = {
             "record a snapshot": lambda p=parameter, h=held: h.add(p),
             "add to a mean": lambda p=parameter, m=means: m.add(p),
             "Gram matrix": lambda w=window: linalg.gram(w, lambda rows: rows.diff(dim=-2)),
-            "combination": lambda p=parameter, w=window, c=coefficients: moved(p, w, c),
+            "combination": lambda p=parameter, d=displacements, c=coefficients: moved(p, d, c),
         }
         rows.append({name: seconds(call) for name, call in calls.items()})
     print(

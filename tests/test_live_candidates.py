@@ -43,7 +43,7 @@ def test_combinations_against_dense_algebra():
     rows = torch.randn(5, 7, generator=generator, dtype=torch.float64)
     now = [rows[-1, :3].reshape(3, 1).clone(), rows[-1, 3:].float()]
     coefficients = torch.tensor([0.5, -1.0, 0.0, 0.25, 1.25], dtype=torch.float64)
-    for found in (moved(now, rows, coefficients), combined(now, rows, coefficients)):
+    for found in (moved(now, rows - rows[-1], coefficients), combined(now, rows, coefficients)):
         torch.testing.assert_close(found[0].flatten(), (coefficients @ rows)[:3])
         torch.testing.assert_close(found[1], (coefficients @ rows)[3:].float())
     assert combined([now[0].half()], torch.full((2, 3), 6e4), torch.ones(2, dtype=torch.float64)) is None
@@ -73,8 +73,8 @@ def test_every_candidate_continues_a_line_or_stays():
 def test_what_is_finite_in_one_dtype_may_overflow_in_another(dtypes):
     now = [torch.ones(2, dtype=dtype) for dtype in dtypes]
     rows = torch.tensor([[0.0] * 4, [1.0] * 4], dtype=torch.float64)
-    assert moved(now, rows, torch.tensor([-1e300, 1e300], dtype=torch.float64)) is None
-    exact = moved(now, rows, torch.tensor([-1.0, 2.0], dtype=torch.float64))
+    assert moved(now, rows - 1, torch.tensor([-1e300, 1e300], dtype=torch.float64)) is None
+    exact = moved(now, rows - 1, torch.tensor([-1.0, 2.0], dtype=torch.float64))
     assert [(v.dtype, v.tolist()) for v in exact] == [(dtype, [2.0, 2.0]) for dtype in dtypes]
 
 

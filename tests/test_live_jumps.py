@@ -278,7 +278,7 @@ def test_the_evaluations_left_go_to_horizons():
 
     def far(count):
         seen.clear()
-        return search(Proposer(window), Choice(), [window[-1]], 1.0 / 30.0, count, evaluate)
+        return search(Proposer(window), window - window[-1], Choice(), [window[-1]], 1.0 / 30.0, count, evaluate)
 
     found = far(16)
     assert len(seen) == 16

@@ -17,7 +17,7 @@ from koopt import distributed, sharding
 from koopt.live import evaluating, records, resuming, secants
 from koopt.live import momentum as moments
 from koopt.live.budget import ADVANCE, ENOUGH, MEAN, MOST, SNAPSHOT, TRIES, Costs, Schedule
-from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, roughness
+from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, displaced, roughness
 from koopt.live.guard import RandomState, buffers_kept, measure, undisturbed
 from koopt.live.jumps import TOLERANCE, Found, disagreement, follow, search
 from koopt.live.refreshing import refreshed, write_buffers
@@ -402,8 +402,9 @@ class Live:
         proposer = Proposer(snapshots, self._ranks)
         if not bool(proposer.path.isfinite().all()):
             return Found("the recorded weights hold NaN or Inf"), {}
+        displacements, choice, count = displaced(snapshots), self._choice, allowed - extra
         return self._judged(
-            lambda saved, before: search(proposer, self._choice, saved, before, allowed - extra, self._measure)
+            lambda saved, before: search(proposer, displacements, choice, saved, before, count, self._measure)
         )
 
     def _attempt_along(self, held: secants.Secants) -> tuple[Found, Mapping[str, Tensor]]:

@@ -13,6 +13,7 @@ from koopt.live.candidates import FAMILIES, LONGEST, SHORTEST, Candidate, Choice
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from jaxtyping import Float
     from torch import Tensor
 
     from koopt.exchange import Ranks
@@ -63,6 +64,7 @@ class Found(NamedTuple):
 
 def search(
     proposer: Proposer,
+    displacements: Float[Tensor, "time state"],
     choice: Choice,
     saved: Sequence[Tensor],
     before: float,
@@ -76,6 +78,7 @@ def search(
 
     Args:
         proposer: over the recorded steps, the last of which is now.
+        displacements: `(time, state)`, of these steps.
         choice: says which families to try, and learns from it.
         saved: the weights as they are.
         before: their loss, finite.
@@ -93,7 +96,7 @@ def search(
             horizon = round(horizon * (proposer.time - 1)) / (proposer.time - 1)  # whole steps
         candidate, loss = FAMILIES[index]._replace(horizon=horizon), math.inf
         coefficients = proposer.coefficients(candidate)
-        weights = None if coefficients is None else moved(saved, proposer.snapshots, coefficients, proposer.ranks)
+        weights = None if coefficients is None else moved(saved, displacements, coefficients, proposer.ranks)
         if weights is not None:
             left -= 1
             loss = evaluate(weights)

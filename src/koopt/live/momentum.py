@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from koopt.live.candidates import moved
+from koopt.live.candidates import displaced, moved
 from koopt.sharding import local
 
 if TYPE_CHECKING:
@@ -64,11 +64,11 @@ def combine(
     Args:
         optimizer: whose momentum is changed.
         parameters: in the order of the columns.
-        snapshots: `(time, state)`, the recorded momentum, the last of which is now; zero where there is none.
+        snapshots: `(time, state)`, the recorded momentum, the last of which is now; zero where there is none. Overwritten.
         coefficients: `(time,)`, those of the jump.
         ranks: the processes that hold the other columns.
     """
-    values = moved(recorded(optimizer, parameters), snapshots, coefficients, ranks)
+    values = moved(recorded(optimizer, parameters), displaced(snapshots), coefficients, ranks)
     if values is None:
         return
     for moment, value in zip(first_moments(optimizer, parameters), values, strict=True):

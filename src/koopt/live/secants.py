@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from koopt import reductions
-from koopt.live.window import cut, on
+from koopt.live.window import copy, cut
 from koopt.sharding import local
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ class Secants:
 
     def begin(self, weights: Sequence[Tensor]) -> None:
         """The weights that a step begins with."""
-        self._copy(0, weights)
+        copy(self._pieces[0], weights)
 
     @torch.no_grad()
     def end(self, gradients: Sequence[Tensor]) -> None:
         """The gradient at the weights of :meth:`begin`."""
-        self._copy(1, gradients)
+        copy(self._pieces[1], gradients)
         weights, gradient = self._point
         if self.points:
             place = (self.points - 1) % len(self.steps)
@@ -93,10 +93,6 @@ class Secants:
             getattr(self, name).copy_(state[name])
         self.points = int(state["points"])
 
-    @torch.no_grad()
-    def _copy(self, which: int, tensors: Sequence[Tensor]) -> None:
-        sources = on(self.weights.device, tensors)
-        torch._foreach_copy_(self._pieces[which], sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def nbytes_of(tensors: Sequence[Tensor], length: int, dtype: torch.dtype) -> int:

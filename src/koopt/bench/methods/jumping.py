@@ -122,13 +122,14 @@ class Jumping:
     def _best(self) -> list[Tensor] | None:
         """The weights of the lowest loss, if lower than now."""
         best, snapshots = None, self._snapshots.ordered()
+        displacements = snapshots - snapshots[-1]
         with weights_kept(self._model) as saved:
             least = now = measure(self._guard, self._model)
             reached = math.inf
 
             def lower(coefficients: Tensor) -> bool:
                 nonlocal best, least, reached
-                weights = moved(saved, snapshots, coefficients)
+                weights = moved(saved, displacements, coefficients)
                 if weights is None:
                     return False
                 write(self._parameters, weights)
