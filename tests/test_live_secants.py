@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from live_tasks import Bowl, Task, adam, resumable, sgd
 from torch.nn.functional import mse_loss
 
-from koopt.live.budget import Costs, Schedule
+from koopt.live.budget import SIDE, Costs, Schedule
 from koopt.live.jumps import disagreement, follow
 from koopt.live.secants import Secants, Step, newton
 
@@ -194,3 +194,26 @@ def test_a_resumed_run_follows_the_same_secants(at):
         resumed.step(step)
     assert resumed.bits == whole.bits
     assert any(jump.forecaster == "secants" and jump.accepted for jump in koop.jumps)
+
+
+@pytest.mark.parametrize("interval", [20, 81, 400])
+def test_steps_along_secants_and_other_jumps_keep_out_of_each_others_way(interval):
+    """No step falls among those that the next jump is made from, and both have their turn, whatever the interval."""
+    costs = Costs(secants=SIDE * interval)
+    schedule = Schedule(cycle=100, max_overhead=0.06, costs=costs, tail=30)
+    assert schedule.interval == interval
+    schedule.follow(0)
+    steps, jumps = [], []
+    for step in range(1, 1601):
+        if step == schedule.following:
+            assert not schedule.due - 30 < step <= schedule.due
+            steps.append(step)
+            schedule.in_vain(step)
+            schedule.follow(step)
+        if step == schedule.due:
+            jumps.append(step)
+            schedule.start(step)
+            schedule.succeed(step, secants=True)
+    assert jumps == list(range(100, 1601, 100))
+    expected = {20: [20, 40, 60, 70, 120], 81: [70, 151, 232, 313, 370], 400: [370, 770, 1170, 1570]}
+    assert steps[:5] == expected[interval]

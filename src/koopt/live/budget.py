@@ -54,6 +54,7 @@ class Schedule:
             cycles, or until attempts take a fifth of the budget.
         max_overhead: what recording, fits and evaluations may cost, as a share of the steps.
         costs: of an attempt.
+        tail: steps before an attempt that are recorded for it, in which no step along secants is taken.
         following: when a step along secants is due; 0: none is.
 
     >>> schedule = Schedule(cycle=100, max_overhead=0.03)
@@ -67,6 +68,7 @@ class Schedule:
     cycle: int
     max_overhead: float
     costs: Costs = Costs()
+    tail: int = 0
     due: int = 0
     wait: int = 0
     began: int = 0
@@ -91,6 +93,7 @@ class Schedule:
         affordable = self.allowed(self.due, ahead) >= ENOUGH
         if not affordable:
             self.due += self.cycle
+            self._keep_apart(self.due - self.cycle)
         return affordable
 
     def start(self, steps: int) -> None:
@@ -99,6 +102,7 @@ class Schedule:
         seldom = whole / (SELDOM * self.max_overhead) if self.max_overhead else 0.0
         self.wait = min(3 * max(self.wait, steps - self.began), max(PATIENCE * self.cycle, math.ceil(seldom)))
         self.began, self.due = steps, steps + self.wait
+        self._keep_apart(steps)
 
     def succeed(self, steps: int, secants: bool = False) -> None:
         """A jump was accepted; where there are secants, a step along them follows."""
@@ -113,10 +117,26 @@ class Schedule:
         return max(INTERVAL, math.ceil(self.costs.secants / SIDE))
 
     def follow(self, steps: int) -> None:
-        self.following, self.vain = steps + self.interval, 0
+        """A step along secants follows, after an accepted one too; the other jumps keep their own time."""
+        soon = steps + self.interval
+        self.following, self.vain = self.following if steps < self.following < soon else soon, 0
+        self._keep_apart(steps)
+
+    def postpone(self, steps: int) -> None:
+        """The budget does not allow the step along secants that is due."""
+        self.following += max(self.interval, self.cycle)
+        self._keep_apart(steps)
 
     def in_vain(self, steps: int) -> None:
         """A step along secants was of no use: the next waits three times as long, or for a jump if none ever was."""
         self.vain += 1
         wait = min(3**self.vain * self.interval, PATIENCE * max(self.cycle, self.interval))
         self.following = steps + wait if self.proven or self.vain < CHANCES else 0
+        self._keep_apart(steps)
+
+    def _keep_apart(self, steps: int) -> None:
+        """A step along secants within the tail would leave nothing to jump from: it comes before, or after the jump."""
+        begins = self.due - self.tail
+        if begins < self.following <= self.due:
+            early = 2 * (begins - steps) >= self.interval
+            self.following = begins if early else self.due + self.interval

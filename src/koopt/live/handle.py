@@ -84,7 +84,7 @@ class Live:
         window = nbytes_of(whole, 0 if self._tail is None else settings.tail, 0, settings.dtype)
         pairs = secants.nbytes_of(whole, settings.history, settings.dtype)
         costs = Costs.of(sum(parameter.nbytes for parameter in whole), window, pairs)
-        self._schedule = Schedule(settings.cycle, settings.max_overhead, costs)
+        self._schedule = Schedule(settings.cycle, settings.max_overhead, costs, settings.tail)
         if self._secants is not None:
             self._schedule.follow(0)
         self._recording = settings.snapshots * SNAPSHOT  # what the snapshots for one attempt cost
@@ -287,8 +287,8 @@ class Live:
         self.steps += 1
         # while jumps are accepted an average would be cleared by the next one
         if self._means is not None and not (self.jumps and self.jumps[-1].accepted):
-            self._means.add(self._weights.parameters)
-            self._schedule.spent += MEAN / self._means.stride
+            if self._means.add(self._weights.parameters):
+                self._schedule.spent += MEAN
         if self._secants is not None and self._toward_step(self._secants):
             return
         if self._tail is not None:
@@ -309,7 +309,7 @@ class Live:
         if self.steps < schedule.following:
             return False
         if schedule.allowed(self.steps + ADVANCE, schedule.costs.secants) < TRIES:
-            schedule.following += max(schedule.interval, schedule.cycle)
+            schedule.postpone(self.steps)
             return False
         return self._follow(held).accepted
 
@@ -357,7 +357,7 @@ class Live:
         if jump.accepted:
             self._forget()
             schedule.spent, schedule.proven = spent, True
-            schedule.succeed(self.steps, secants=True)
+            schedule.follow(self.steps)
         return self._tell(jump)
 
     def _forget(self) -> None:

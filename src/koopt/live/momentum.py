@@ -64,7 +64,7 @@ def combine(
     Args:
         optimizer: whose momentum is changed.
         parameters: in the order of the columns.
-        snapshots: `(time, state)`, the recorded momentum, the last of which is now; zero where there is none. Overwritten.
+        snapshots: `(time, state)`, the recorded momentum, the last of which is now; zero where none is; overwritten.
         coefficients: `(time,)`, those of the jump.
         ranks: the processes that hold the other columns.
     """

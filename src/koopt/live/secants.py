@@ -47,10 +47,18 @@ class Secants:
         size, finer = sum(tensor.numel() for tensor in tensors), torch.promote_types(dtype, torch.float32)
         self.steps = torch.zeros(length, size, dtype=dtype, device=device)
         self.changes = torch.zeros_like(self.steps)
-        self.weights, self.gradient = (torch.zeros(size, dtype=finer, device=device) for _ in range(2))
-        self._point = [torch.zeros_like(self.weights) for _ in range(2)]  # that is being recorded
-        self._pieces = [cut(row, tensors) for row in self._point]
+        points = [torch.zeros(2, size, dtype=finer, device=device) for _ in range(2)]  # weights and gradient
+        (self._last, self._next), self._pieces = points, [[cut(row, tensors) for row in point] for point in points]
         self.points = 0
+
+    @property
+    def weights(self) -> Tensor:
+        """`(state,)`, of the last point."""
+        return self._last[0]
+
+    @property
+    def gradient(self) -> Tensor:
+        return self._last[1]
 
     @property
     def pairs(self) -> int:
@@ -58,21 +66,17 @@ class Secants:
 
     def begin(self, weights: Sequence[Tensor]) -> None:
         """The weights that a step begins with."""
-        copy(self._pieces[0], weights)
+        copy(self._pieces[1][0], weights)
 
-    @torch.no_grad()
     def end(self, gradients: Sequence[Tensor]) -> None:
         """The gradient at the weights of :meth:`begin`."""
-        copy(self._pieces[1], gradients)
-        weights, gradient = self._point
+        copy(self._pieces[1][1], gradients)
         if self.points:
             place = (self.points - 1) % len(self.steps)
-            torch.sub(weights, self.weights, out=self.weights)
-            torch.sub(gradient, self.gradient, out=self.gradient)
-            self.steps[place].copy_(self.weights)
-            self.changes[place].copy_(self.gradient)
-        self.weights.copy_(weights)
-        self.gradient.copy_(gradient)
+            torch.sub(self._next[0], self._last[0], out=self.steps[place])
+            torch.sub(self._next[1], self._last[1], out=self.changes[place])
+        self._last, self._next = self._next, self._last
+        self._pieces.reverse()
         self.points += 1
 
     def order(self) -> list[int]:
@@ -92,7 +96,6 @@ class Secants:
         for name in ("steps", "changes", "weights", "gradient"):
             getattr(self, name).copy_(state[name])
         self.points = int(state["points"])
-
 
 
 def nbytes_of(tensors: Sequence[Tensor], length: int, dtype: torch.dtype) -> int:

@@ -83,12 +83,15 @@ class BlockMeans:
         self.rows = torch.zeros(window, size, dtype=dtype, device=device)
         self.sum = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
         self._sums = cut(self.sum, tensors)
-        self.held, self.block, self.open = 0, 1, 0
+        self.clear()
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
+    def add(self, tensors: Sequence[Tensor]) -> bool:
+        """One more step; whether it is one of those that are added up."""
         self.open += 1
-        if self.open % self.stride == 0:
-            self._add(tensors)
+        if self.open % self.stride:
+            return False
+        self._add(tensors)
+        return True
 
     def _add(self, tensors: Sequence[Tensor]) -> None:
         if self.open == self.stride:
@@ -102,10 +105,14 @@ class BlockMeans:
         if self.held == len(self.rows):
             for i in range(self.held // 2):
                 self.rows[i] = (self.rows[2 * i].to(self.sum.dtype) + self.rows[2 * i + 1]) / 2
-            self.held, self.block = self.held // 2, 2 * self.block
+            self._begin(self.held // 2, 2 * self.block, 0)
 
     def clear(self) -> None:
-        self.held, self.block, self.open = 0, 1, 0
+        self._begin(0, 1, 0)
+
+    def _begin(self, held: int, block: int, opened: int) -> None:
+        self.held, self.block, self.open = held, block, opened
+        self.stride = max(1, block // SAMPLES)  # steps from one that is added up to the next
 
     def ordered(self) -> Float[Tensor, "time state"]:
         """The means in order of time, a view."""
@@ -133,11 +140,6 @@ class BlockMeans:
         return self.open + (self.block - self.stride) / 2
 
     @property
-    def stride(self) -> int:
-        """Steps from one that is added up to the next."""
-        return max(1, self.block // SAMPLES)
-
-    @property
     def nbytes(self) -> int:
         return self.rows.nbytes + self.sum.nbytes
 
@@ -148,7 +150,7 @@ class BlockMeans:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rows.copy_(state["rows"])
         self.sum.copy_(state["sum"])
-        self.held, self.block, self.open = (int(state[name]) for name in ("held", "block", "open"))
+        self._begin(*(int(state[name]) for name in ("held", "block", "open")))
 
 
 def cut(row: Tensor, tensors: Sequence[Tensor]) -> list[Any]:
@@ -174,7 +176,7 @@ def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source)
         else:
-            torch._foreach_copy_(targets, on(targets[0].device, sources))  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(list(targets), on(targets[0].device, sources))  # pyright: ignore[reportPrivateImportUsage]
     finally:
         torch.set_grad_enabled(enabled)
 
@@ -194,7 +196,7 @@ def accumulate(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
             for target, source in zip(targets, near, strict=True):
                 target.add_(source)
         else:
-            torch._foreach_add_(targets, near)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(list(targets), near)  # pyright: ignore[reportPrivateImportUsage]
     finally:
         torch.set_grad_enabled(enabled)
 
