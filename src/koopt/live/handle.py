@@ -286,9 +286,9 @@ class Live:
             return
         self.steps += 1
         # while jumps are accepted an average would be cleared by the next one
-        if self._means is not None and not (self.jumps and self.jumps[-1].accepted):
-            if self._means.add(self._weights.parameters):
-                self._schedule.spent += MEAN
+        means = None if self.jumps and self.jumps[-1].accepted else self._means
+        if means is not None and means.add(self._weights.parameters):
+            self._schedule.spent += MEAN
         if self._secants is not None and self._toward_step(self._secants):
             return
         if self._tail is not None:

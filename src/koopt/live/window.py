@@ -73,7 +73,7 @@ class BlockMeans:
 
     >>> means = BlockMeans([torch.tensor([1.0])], 4, torch.float32, torch.device("cpu"))
     >>> for value in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0):
-    ...     means.add([torch.tensor([value])])
+    ...     _ = means.add([torch.tensor([value])])
     >>> means.ordered().flatten(), means.block
     (tensor([1.5000, 3.5000, 5.5000]), 2)
     """
@@ -124,7 +124,7 @@ class BlockMeans:
 
         >>> means = BlockMeans([torch.tensor([1.0])], 4, torch.float32, torch.device("cpu"))
         >>> for value in (1.0, 2.0, 3.0, 4.0, 9.0):
-        ...     means.add([torch.tensor([value])])
+        ...     _ = means.add([torch.tensor([value])])
         >>> means.with_open().flatten()
         tensor([1.5000, 3.5000, 9.0000])
         """
