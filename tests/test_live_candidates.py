@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from koopt.live.candidates import FAMILIES, Choice, Proposer, combined, moved, roughness
+from koopt.live.candidates import FAMILIES, Choice, Proposer, combined, displaced, moved, roughness
 from koopt.operator import fit_in_form, leading
 
 
@@ -47,6 +47,29 @@ def test_combinations_against_dense_algebra():
         torch.testing.assert_close(found[0].flatten(), (coefficients @ rows)[:3])
         torch.testing.assert_close(found[1], (coefficients @ rows)[3:].float())
     assert combined([now[0].half()], torch.full((2, 3), 6e4), torch.ones(2, dtype=torch.float64)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_long_jump_in_few_digits_against_float64(dtype):
+    """Motion a thousandth of the weights, far ahead: the error is in the motion's digits, not in the weights'."""
+    generator = torch.Generator().manual_seed(0)
+    exact = 1 + 1e-3 * torch.randn(30, 50, generator=generator, dtype=torch.float64).cumsum(dim=0)
+    rows = exact.float()
+    now = [rows[-1].clone()]
+    recorded = (rows - rows[-1]).to(dtype)
+    coefficients = torch.zeros(30, dtype=torch.float64)
+    coefficients[0], coefficients[-1] = -200.0, 201.0
+    expected = now[0].double() + coefficients @ (rows - rows[-1]).double()
+    found = moved(now, recorded, coefficients)[0]
+    motion = (expected - now[0]).abs().max().item()
+    assert (found - expected).abs().max().item() < 4 * torch.finfo(dtype).eps * motion
+
+
+def test_displacements_take_the_place_of_the_snapshots():
+    rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    expected = rows - rows[-1]
+    assert displaced(rows) is rows
+    assert torch.equal(rows, expected)
 
 
 def test_the_small_factor_keeps_all_distances():

@@ -83,6 +83,15 @@ _ALL: tuple[Trainer | Observer, ...] = (
         title="**koopt**",
     ),
     Trainer(
+        "koopt-secants",
+        attached.start(training.start_plain, history=50),
+        attached.grid(),
+        guard=True,
+        full_batch=True,
+        without=("optimizer",),
+        title="koopt, history=50",
+    ),
+    Trainer(
         "koopt-no-guard",
         attached.start(training.start_plain, False),
         attached.grid(),
