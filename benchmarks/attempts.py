@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from koopt.bench.task import Problem, Task
 
 ATTEMPTS = {"de-solver": 4_000, "burgers": 3_000, "mnist-mlp": 1_500, "mnist-cnn": 750, "shakespeare": 750}
+CYCLE, TAIL = 28, 8  # steps: one along secants after 20, then those that the next jump is made from
 EACH = 250  # attempts in a run, on average; then the next seed, rate and policy
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SEED = 3_000  # of the first run: no other benchmark uses those above
@@ -77,15 +78,22 @@ def attempt(task: Task, number: int, attempts: int, counts: Counter[str]) -> Non
         problem.model,
         problem.guard,
         "jump",
-        cycle=8,
-        tail=8,
+        cycle=CYCLE,
+        tail=TAIL,
         momentum=policy,
         max_overhead=100.0,
         history=50,
     )
     koop.on_jump(check.after)
-    # also after a failure the next attempt is made in a cycle
-    koop.on_jump(lambda jump: koop._schedule.succeed(koop.steps))
+
+    def again(jump: koopt.Jump) -> None:
+        """Also after a failure the next attempt is made in a cycle."""
+        counts["along secants"] += jump.forecaster == "secants"
+        if koop._schedule.due > koop.steps + CYCLE:
+            koop._schedule.succeed(koop.steps)
+        koop._schedule.follow(koop.steps)
+
+    koop.on_jump(again)
     done = counts["attempts"] + attempts
     for _ in range(2 * task.steps):
         optimizer.zero_grad()
