@@ -51,8 +51,8 @@ def attach(
 
     After each step the weights are recorded. With a guard a jump is tried at the end of each cycle: candidates are made
     from the last steps, a few are evaluated by the guard, and the best is kept if its loss is lower than now. With a
-    `history` steps along secants of weights and gradients are tried in between, every 20 steps. A run without accepted jumps
-    is bit for bit the run without koopt.
+    `history` steps along secants of weights and gradients are tried in between, every 20 steps. A run without accepted
+    jumps is bit for bit the run without koopt.
 
     Args:
         optimizer: any ``torch.optim`` optimizer, or a wrapper that holds one as `optimizer`.
