@@ -38,7 +38,8 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parent.parent
 KINDS = ("ddp", "torchrun", "fsdp")
-CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+# sums in another order change coefficients in their last digits, which a long jump multiplies, and weights are float32
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
