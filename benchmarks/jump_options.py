@@ -21,7 +21,7 @@ from koopt.bench.method import Trainer
 from koopt.bench.methods import attached
 from koopt.bench.methods.jumping import LINE, LINES, start_line
 from koopt.bench.methods.training import searched, start_plain
-from koopt.bench.protocol import MISSED, SHARES
+from koopt.bench.protocol import MISSED, losses_at_shares
 from koopt.bench.run import run
 from koopt.bench.tasks import TASKS
 
@@ -60,10 +60,8 @@ def main() -> None:
         ways[title] = Trainer("line", start_line, searched, guard=True), setting
     for task in (TASKS[name] for name in arguments.tasks):
         given = {"optimizer": task.optimizers[0], "rate": RATES[task.name], "schedule": "cosine"}
-        plain = {
-            seed: run(task, Trainer("plain", start_plain, searched), given, seed)[0].curve for seed in arguments.seeds
-        }
-        aims = {s: [float(np.interp(at * task.steps, c.cost, c.loss)) for at in SHARES] for s, c in plain.items()}
+        plain = Trainer("plain", start_plain, searched)
+        aims = {seed: losses_at_shares(run(task, plain, given, seed)[0], task) for seed in arguments.seeds}
         for title, (trainer, setting) in ways.items():
             own = given | dict(setting) | {"schedule": arguments.schedule, "evaluated": "trained"}
             found = [shares(task, trainer, own, seed, aims[seed]) for seed in arguments.seeds]

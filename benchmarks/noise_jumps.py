@@ -23,7 +23,7 @@ import koopt
 from koopt.bench import statistics
 from koopt.bench.method import Trainer
 from koopt.bench.methods.training import Counted, searched, start_plain, weights_of, write
-from koopt.bench.protocol import MISSED, SHARES
+from koopt.bench.protocol import MISSED, losses_at_shares
 from koopt.bench.run import run
 from koopt.bench.tasks import TASKS
 from koopt.live.guard import measure
@@ -114,8 +114,7 @@ def main() -> None:
     arguments = parser.parse_args()
     task, plain = TASKS["mnist-mlp"], Trainer("plain", start_plain, searched)
     given = {"optimizer": "adamw", "rate": TUNED, "schedule": "cosine"}
-    curves = {seed: run(task, plain, given, seed)[0].curve for seed in arguments.seeds}
-    aims = {s: [float(np.interp(at * task.steps, c.cost, c.loss)) for at in SHARES] for s, c in curves.items()}
+    aims = {seed: losses_at_shares(run(task, plain, given, seed)[0], task) for seed in arguments.seeds}
     trainer = Trainer("jumping", started, searched, guard=True)
     for rate in arguments.rates:
         for title, way in WAYS.items():

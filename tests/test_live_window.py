@@ -6,7 +6,7 @@ import pytest
 import torch
 from live_tasks import Task, flat, sgd
 
-from koopt.live.window import BlockMeans, Snapshots, accumulate, copy
+from koopt.live.window import BlockMeans, Snapshots, record
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 8, 9, 33, 64, 65, 127, 200])
@@ -85,11 +85,11 @@ def test_what_is_recorded_takes_no_gradient_and_leaves_grad_mode_alone(enabled, 
     sources = [torch.nn.Parameter(torch.tensor([1.0, 2.0])), torch.nn.Parameter(torch.tensor([[3.0]]))]
     targets = [torch.zeros(2, dtype=dtype), torch.zeros(1, 1, dtype=dtype)]
     with torch.set_grad_enabled(enabled):
-        copy(targets, sources)
-        accumulate(targets, sources)
+        record(targets, sources)
+        record(targets, sources, add=True)
         assert torch.is_grad_enabled() is enabled
         with pytest.raises(RuntimeError):
-            copy(targets, [torch.zeros(3), torch.zeros(1, 1)])
+            record(targets, [torch.zeros(3), torch.zeros(1, 1)])
         assert torch.is_grad_enabled() is enabled
     assert [target.flatten().tolist() for target in targets] == [[2.0, 4.0], [6.0]]
     assert not any(target.requires_grad for target in targets)

@@ -139,7 +139,7 @@ def conduct(
     if tuned is None:
         return Outcome(task, [], found, {}, {}, trials.failed, trials.outdated)
     records = {seed: record for seed in TUNING if (record := trials.get(tuned, seed)) is not None}
-    aims = {seed: _losses_at_shares(record, task) for seed, record in records.items()}
+    aims = {seed: losses_at_shares(record, task) for seed, record in records.items()}
 
     def share(record: Record, seed: int) -> Score:
         """The mean share of the budget over the targets of this seed, and the final loss where it is the same."""
@@ -167,7 +167,7 @@ def conduct(
     kept = {name: _records(trials, way, settings) for name, way in chosen.items()}
     kept = {name: kept[name] for name in names if kept.get(name) and name not in trials.failed}
     plain = kept.get(BASELINE, {}).values()
-    losses = [_losses_at_shares(record, task) for record in plain]
+    losses = [losses_at_shares(record, task) for record in plain]
     targets = [statistics.reached_by_half(list(column)) for column in zip(*losses, strict=True)]
     without = {name: records for name, way in alone.items() if (records := _records(trials, way, settings))}
     ordered = {name: found[name] for name in names if name in found}
@@ -261,7 +261,8 @@ def _best_of(tried: list[tuple[Way, list[Score]]]) -> Search:
     return Search(ranked[0][0] if ranked else None, tried)
 
 
-def _losses_at_shares(record: Record, task: Task) -> list[float]:
+def losses_at_shares(record: Record, task: Task) -> list[float]:
+    """The losses of a run at `SHARES` of the budget: what others are to reach."""
     curve = record.curve
     return [float(np.interp(share * task.steps, curve.cost, curve.loss)) for share in SHARES]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from koopt import reductions
-from koopt.live.window import copy, cut
+from koopt.live.window import cut, record
 from koopt.sharding import local
 
 if TYPE_CHECKING:
@@ -66,11 +66,11 @@ class Secants:
 
     def begin(self, weights: Sequence[Tensor]) -> None:
         """The weights that a step begins with."""
-        copy(self._pieces[1][0], weights)
+        record(self._pieces[1][0], weights)
 
     def end(self, gradients: Sequence[Tensor]) -> None:
         """The gradient at the weights of :meth:`begin`."""
-        copy(self._pieces[1][1], gradients)
+        record(self._pieces[1][1], gradients)
         if self.points:
             place = (self.points - 1) % len(self.steps)
             torch.sub(self._next[0], self._last[0], out=self.steps[place])
