@@ -38,8 +38,8 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parent.parent
 KINDS = ("ddp", "torchrun", "fsdp")
-# sums in another order change coefficients in their last digits, which a long jump multiplies, and weights are float32
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+# two processes average gradients in another order than one, and long jumps multiply what float32 makes of that
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.fixture(scope="module")
