@@ -2,8 +2,10 @@
 
     python benchmarks/live_recording.py
     python benchmarks/live_recording.py --parts
+    python benchmarks/live_recording.py --device cuda --sizes 932k 25M
 
-Processor seconds of a run with koopt attached over those of the same run without it. The two take turns, by blocks, as
+Seconds of a run with koopt attached over those of the same run without it: of the processor, on an accelerator by the
+clock, all kernels done. The two take turns, by blocks, as
 does who begins. Shown is the median of repeats, with the lowest and the highest; "nothing" compares two plain runs, and
 tells how far the others can be trusted.
 Recording alone is that of a run in which each jump is accepted (mode "jump"), or refused as noise ("auto"; where
@@ -42,6 +44,7 @@ SIZES = {
     "26k": (64, 128, 128, 10),
     "118k": (784, 128, 128, 10),
     "932k": (784, 512, 512, 512, 10),
+    "25M": (1024, 4096, 4096, 1024),
 }
 BLOCK = 100  # steps, the default cycle
 
@@ -49,12 +52,12 @@ BLOCK = 100  # steps, the default cycle
 class Run:
     """A network on one batch, trained slowly, so that its motion is smooth and no attempt ends early."""
 
-    def __init__(self, sizes: tuple[int, ...], batch: int) -> None:
+    def __init__(self, sizes: tuple[int, ...], batch: int, device: str) -> None:
         torch.manual_seed(0)
         layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.Tanh())]
-        self.model = nn.Sequential(*layers[:-1])
+        self.model = nn.Sequential(*layers[:-1]).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.x, self.y = torch.randn(batch, sizes[0]), torch.randn(batch, sizes[-1])
+        self.x, self.y = (torch.randn(batch, size).to(device) for size in (sizes[0], sizes[-1]))
 
     def loss(self) -> torch.Tensor:
         return nn.functional.mse_loss(self.model(self.x), self.y)
@@ -65,17 +68,25 @@ class Run:
         self.optimizer.step()
 
     def seconds(self, steps: int) -> float:
-        started = time.thread_time()
+        started = now(self.x.device)
         for _ in range(steps):
             self.step()
-        return time.thread_time() - started
+        return now(self.x.device) - started
+
+
+def now(device: torch.device) -> float:
+    """Seconds: of this thread's processor time; on an accelerator by the clock, when it has done all it was given."""
+    if device.type == "cpu":
+        return time.thread_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def overhead(
-    sizes: tuple[int, ...], mode: str, batch: int, steps: int, history: int, refused: bool
+    sizes: tuple[int, ...], mode: str, batch: int, steps: int, history: int, device: str, refused: bool
 ) -> tuple[float, int]:
     """The share that koopt adds, and how many attempts it made."""
-    plain, beside = Run(sizes, batch), Run(sizes, batch)
+    plain, beside = Run(sizes, batch, device), Run(sizes, batch, device)
 
     def guard() -> float:
         beside.loss()
@@ -103,12 +114,13 @@ def overhead(
     return share - 1, sum(jump.evaluations > 0 for jump in koop.jumps) if koop is not None else 0
 
 
-def parts(sizes: tuple[int, ...], batch: int) -> dict[str, tuple[float, float]]:
+def parts(sizes: tuple[int, ...], batch: int, device: str) -> dict[str, tuple[float, float]]:
     """Measured and assumed, in steps."""
-    run = Run(sizes, batch)
+    run, place = Run(sizes, batch, device), (torch.float32, torch.device(device))
+    median_seconds = functools.partial(median_of, place[1])
     run.seconds(200)
     parameters = list(run.model.parameters())
-    tail, means = (kind(parameters, 30, torch.float32, torch.device("cpu")) for kind in (Snapshots, BlockMeans))
+    tail, means = (kind(parameters, 30, *place) for kind in (Snapshots, BlockMeans))
     for _ in range(47):
         run.step()
         tail.add(parameters)
@@ -125,7 +137,7 @@ def parts(sizes: tuple[int, ...], batch: int) -> dict[str, tuple[float, float]]:
         for family in FAMILIES:
             proposer.coefficients(family)
 
-    pairs = Secants(parameters, default_length(parameters, torch.float32), torch.float32, torch.device("cpu"))
+    pairs = Secants(parameters, default_length(parameters, torch.float32), *place)
     for _ in range(2 * len(pairs.steps)):
         pairs.begin(parameters)
         run.step()
@@ -142,12 +154,12 @@ def parts(sizes: tuple[int, ...], batch: int) -> dict[str, tuple[float, float]]:
     return {name: (seconds / step, assumed) for name, (seconds, assumed) in measured.items()}
 
 
-def median_seconds(call: Callable[[], object], times: int) -> float:
+def median_of(device: torch.device, call: Callable[[], object], times: int) -> float:
     taken = []
     for _ in range(times):
-        started = time.thread_time()
+        started = now(device)
         call()
-        taken.append(time.thread_time() - started)
+        taken.append(now(device) - started)
     return statistics.median(taken)
 
 
@@ -156,20 +168,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES)[:5])
     parser.add_argument("--history", type=int, default=0, help="of attach: steps along secants")
+    parser.add_argument("--device", default="cpu", help="as torch names it: cpu, cuda")
     parser.add_argument("--parts", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in arguments.sizes:
         if arguments.parts:
-            found = parts(SIZES[name], arguments.batch)
+            found = parts(SIZES[name], arguments.batch, arguments.device)
             told = ", ".join(f"{part} {took:.3f} (assumed {assumed:.3f})" for part, (took, assumed) in found.items())
             print(f"{name} weights, in steps: {told}", flush=True)
             continue
         for refused, modes in ((False, ("nothing", "forecast", "jump", "auto")), (True, ("jump", "auto"))):
             for mode in modes:
-                given = (SIZES[name], mode, arguments.batch, arguments.steps, arguments.history, refused)
+                run = (arguments.batch, arguments.steps, arguments.history, arguments.device)
+                given = (SIZES[name], mode, *run, refused)
                 found = [overhead(*given) for _ in range(arguments.repeats)]
                 low, middle, high = (100 * f(share for share, _ in found) for f in (min, statistics.median, max))
                 what = f"{found[0][1]} attempts, all refused, and recording" if refused else "recording"

@@ -1,10 +1,11 @@
 """What koopt costs by the number of weights: memory, recording, factor and combination; and a run of many weights.
 
     python benchmarks/scale.py                                      # slopes, in one process
+    python benchmarks/scale.py --device cuda                        # the same on an accelerator
     torchrun --nproc-per-node 2 benchmarks/scale.py --weights 1e8   # real optimizer steps under FSDP2, random data
 
-Slopes are processor times of one thread. Memory is the peak of each process; --snapshots is the tail that jumps are
-made from.
+Slopes are processor times of one thread, on an accelerator seconds by the clock, all kernels done. Memory is the peak
+of each process; --snapshots is the tail that jumps are made from.
 """
 
 from __future__ import annotations
@@ -27,26 +28,33 @@ from koopt.live.window import BlockMeans, Snapshots
 SIZES = (2_000_000, 4_000_000, 8_000_000, 16_000_000)
 
 
-def seconds(call, repeats: int = 4) -> float:
-    """Of one thread's processor time, which what else runs on the machine changes least."""
+def seconds(call, device: torch.device, repeats: int = 4) -> float:
+    """Of one thread's processor time, which what else runs on the machine changes least; of an accelerator's clock."""
     call()
     times = []
     for _ in range(repeats):
-        started = time.process_time()
+        started = now(device)
         call()
-        times.append(time.process_time() - started)
+        times.append(now(device) - started)
     return min(times)
 
 
-def slopes(count: int, dtype: torch.dtype) -> None:
-    """Processor seconds for 1e9 weights of one process, by a least-squares line through all sizes."""
+def now(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def slopes(count: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Seconds for 1e9 weights of one process, by a least-squares line through all sizes."""
     rows = []
     for size in SIZES:
-        parameter = [torch.randn(size)]
-        held = Snapshots(parameter, count, dtype, torch.device("cpu"))
-        means = BlockMeans(parameter, 4, dtype, torch.device("cpu"))
+        parameter = [torch.randn(size, device=device)]
+        held = Snapshots(parameter, count, dtype, device)
+        means = BlockMeans(parameter, 4, dtype, device)
         for _ in range(count):
-            parameter[0].add_(torch.randn(size), alpha=1e-3)
+            parameter[0].add_(torch.randn(size, device=device), alpha=1e-3)
             held.add(parameter)
         window, coefficients = held.ordered(), torch.full((count,), 1 / count, dtype=torch.float64)
         displacements = window - window[-1]
@@ -56,10 +64,9 @@ def slopes(count: int, dtype: torch.dtype) -> None:
             "Gram matrix": lambda w=window: linalg.gram(w, lambda rows: rows.diff(dim=-2)),
             "combination": lambda p=parameter, d=displacements, c=coefficients: moved(p, d, c),
         }
-        rows.append({name: seconds(call) for name, call in calls.items()})
-    print(
-        f"{count} snapshots in {dtype}: {dtype.itemsize} bytes a weight and snapshot; processor seconds for 1e9 weights"
-    )
+        rows.append({name: seconds(call, device) for name, call in calls.items()})
+    print(f"{count} snapshots in {dtype}: {dtype.itemsize} bytes a weight and snapshot")
+    print(f"seconds for 1e9 weights on {device.type}:")
     sizes = torch.tensor(SIZES, dtype=torch.float64)
     centered = sizes - sizes.mean()
     for name in rows[0]:
@@ -121,13 +128,14 @@ def main() -> None:
     parser.add_argument("--weights", type=float, default=1e8, help="of the network, under torchrun")
     parser.add_argument("--snapshots", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="for the slopes: cpu, cuda")
     given = parser.parse_args()
     torch.set_num_threads(1)
     dtype = getattr(torch, given.dtype)
     if "WORLD_SIZE" in os.environ:
         run(given.weights, given.snapshots, dtype)
     else:
-        slopes(given.snapshots, dtype)
+        slopes(given.snapshots, dtype, given.device)
 
 
 if __name__ == "__main__":

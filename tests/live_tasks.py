@@ -33,32 +33,35 @@ def bits(model, optimizer):
     tensors = [*model.state_dict().values()]
     for state in optimizer.state_dict()["state"].values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    tensors += [torch.tensor([group["lr"] for group in optimizer.param_groups]), torch.get_rng_state()]
+    tensors += [torch.tensor([float(group["lr"]) for group in optimizer.param_groups]), torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        tensors.append(torch.cuda.get_rng_state())
     for tensor in tensors:
-        stream.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        stream.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return stream.getvalue()
 
 
 class Task:
     """A training run by a user's own loop, in one of its many forms."""
 
-    def __init__(self, make, extra=(), steps=60, compiled=False, **loop):
+    def __init__(self, make, extra=(), steps=60, compiled=None, device="cpu", **loop):
         self.make, self.steps, self.loop = make, steps, loop
-        self.model = network(extra=[part() for part in extra])
+        self.model = network(extra=[part() for part in extra]).to(device)
         if loop.get("frozen"):
             self.model[0].bias.requires_grad_(False)
         if loop.get("unused"):
-            self.model.register_parameter("unused", nn.Parameter(torch.ones(2)))
-            self.model.register_parameter("outside", nn.Parameter(torch.ones(2)))
-        self.called = torch.compile(self.model, backend="eager") if compiled else self.model
+            self.model.register_parameter("unused", nn.Parameter(torch.ones(2, device=device)))
+            self.model.register_parameter("outside", nn.Parameter(torch.ones(2, device=device)))
+        self.called = torch.compile(self.model, **compiled) if compiled else self.model
         self.optimizer = make(self.model)
-        self.x, self.y = data()
+        self.x, self.y = (tensor.to(device) for tensor in data())
         rate = torch.optim.lr_scheduler
         self.scheduler = rate.OneCycleLR(self.optimizer, 0.05, total_steps=steps + 1) if loop.get("onecycle") else None
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if loop.get("scaler") else None
+        self.scaler = torch.amp.GradScaler(device, init_scale=2.0**8) if loop.get("scaler") else None
 
     def loss(self):
-        return mse_loss(self.called(self.x), self.y)
+        with torch.autocast(self.x.device.type, self.loop.get("half"), enabled="half" in self.loop):
+            return mse_loss(self.called(self.x), self.y)
 
     def closure(self):
         self.optimizer.zero_grad()
@@ -133,7 +136,7 @@ LOOPS = {
     },
     "scaler": {"make": adam, "scaler": True},
     "scaler fused": {"make": lambda m: torch.optim.Adam(m.parameters(), lr=0.01, fused=True), "scaler": True},
-    "compiled": {"make": adam, "compiled": True},
+    "compiled": {"make": adam, "compiled": {"backend": "eager"}},
 }
 STATEFUL = {"make": adam, "extra": (nn.Dropout, lambda: nn.BatchNorm1d(8))}
 
@@ -162,8 +165,8 @@ class Bowl:
             self.step()
 
 
-def resumable(**options):
-    task = Task(adam, onecycle=True, steps=200)
+def resumable(device="cpu", **options):
+    task = Task(adam, onecycle=True, steps=200, device=device)
     koop = task.attach(guard=task.loss, mode="auto", **options)
     return task, koop
 

@@ -81,6 +81,31 @@ def test_two_processes_jump_as_one_does(pair, kind, options):
     torch.testing.assert_close(first["forecast"], alone["forecast"], **CLOSE)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["ddp", "torchrun"])
+def test_two_processes_on_a_cuda_device(pair, kind):
+    """Both on one device, so over gloo: NCCL wants a device for each, and FSDP2 over gloo wants the CPU."""
+    alone = trained("one", steps=30, device="cuda")
+    first, second = pair.both(trained, kind, steps=30, device="cuda")
+    assert first["jumps"] == second["jumps"]
+    assert torch.equal(first["weights"], second["weights"])
+    require_like(first["jumps"], alone["jumps"])
+    torch.testing.assert_close(first["weights"], alone["weights"], **CLOSE)
+    torch.testing.assert_close(first["forecast"], alone["forecast"], **CLOSE)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_one_process_under_nccl(kind):
+    alone, pair = trained("one", steps=30, device="cuda"), Pair(1, "cpu:gloo,cuda:nccl")
+    try:
+        (only,) = pair.both(trained, kind, steps=30, device="cuda")
+    finally:
+        pair.close()
+    require_like(only["jumps"], alone["jumps"])
+    torch.testing.assert_close(only["weights"], alone["weights"], **CLOSE)
+
+
 def test_tensor_parallel_layers(pair):
     alone = trained("one", steps=30)
     first, second = pair.both(tensor_parallel)

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from live_tasks import data, network
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
@@ -30,13 +31,13 @@ OPTIONS = {"cycle": 12, "tail": 8, "window": 8, "max_overhead": 0.5}
 class Pair:
     """Two processes with one process group; `both(function, ...)` runs it in each, and returns what each returned."""
 
-    def __init__(self, size=2):
+    def __init__(self, size=2, backend="gloo"):
         self.folder = tempfile.TemporaryDirectory()
         context = mp.get_context("spawn")
         self.pipes, self.processes = [], []
         for rank in range(size):
             own, other = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, self.folder.name, other), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, backend, self.folder.name, other), daemon=True)
             process.start()
             other.close()
             self.pipes.append(own)
@@ -71,11 +72,11 @@ class Pair:
         self.folder.cleanup()
 
 
-def _serve(rank, size, folder, pipe):
+def _serve(rank, size, backend, folder, pipe):
     os.environ.update(GLOO_SOCKET_IFNAME="lo", RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=timeout)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             function, args, kwargs = pipe.recv()
@@ -88,20 +89,22 @@ def _serve(rank, size, folder, pipe):
 class Training:
     """A small network, trained alone or by several processes in one of the ways that PyTorch has for that."""
 
-    def __init__(self, kind, width=8, dtype=torch.float64, own_data=False, **options):
+    def __init__(self, kind, width=8, dtype=torch.float64, own_data=False, device="cpu", **options):
         self.kind = kind
         self.model = network(dtype)
         if width != 8:
             torch.manual_seed(0)
             self.model = torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
             self.model = self.model.to(dtype)
+        self.model.to(device)
         if kind == "ddp":
             self.model = DistributedDataParallel(self.model)
         elif kind == "fsdp":
-            fully_shard(self.model[0])
-            fully_shard(self.model)  # the root keeps whole weights after a forward pass
+            mesh = init_device_mesh(device, (dist.get_world_size(),))
+            fully_shard(self.model[0], mesh=mesh)
+            fully_shard(self.model, mesh=mesh)  # the root keeps whole weights after a forward pass
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
-        self.x, self.y = data(dtype, seed=1 + (dist.get_rank() if own_data else 0))
+        self.x, self.y = (part.to(device) for part in data(dtype, seed=1 + (dist.get_rank() if own_data else 0)))
         guard = options.pop("guard", self.loss)
         self.koop = koopt.attach(self.optimizer, self.model, guard, **({"mode": "jump"} | OPTIONS | options))
 
@@ -136,12 +139,15 @@ def trained(kind, steps=60, **options):
     task = Training(kind, **options).run(steps)
     forecast = task.koop.forecast()
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in forecast.values()]
-    return {"jumps": task.jumps, "weights": task.weights, "forecast": torch.cat([p.flatten() for p in whole])}
+    return {
+        "jumps": task.jumps,
+        "weights": task.weights.cpu(),
+        "forecast": torch.cat([p.flatten() for p in whole]).cpu(),
+    }
 
 
 def tensor_parallel():
     """The loss and jumps of a network whose layers are split over the processes."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     task = Training("one", group=None)

@@ -28,6 +28,8 @@ CHUNK = 4096  # columns of a tall factor at a time, so that a piece stays in cac
 WIDE_CHUNK = 16 * CHUNK  # where a piece is only multiplied
 MANY = 4 * WIDE_CHUNK  # columns beyond which such a piece is kept in cache too
 CACHED = 2**18  # numbers of it
+FILLING = 2**26  # numbers of a piece on a CUDA device: half a GiB
+BATCHED = 32  # rows and columns up to which CUDA decomposes many matrices at once; beyond it takes them one by one
 
 
 def triangular_factor(
@@ -48,7 +50,7 @@ def triangular_factor(
     tensor([[5.]], dtype=torch.float64)
     """
     factor = None
-    for piece in _pieces(rows, CHUNK, prepare):
+    for piece in _pieces(rows, _tall(rows), prepare):
         tall = piece.mT if factor is None else torch.cat([factor, piece.mT], dim=-2)
         with one_thread_each(tall):
             factor = torch.linalg.qr(tall, mode="r").R
@@ -150,6 +152,11 @@ def _width(rows: Tensor) -> int:
     return min(WIDE_CHUNK, max(1, CACHED // max(1, rows.shape[:-1].numel()) // CHUNK) * CHUNK)
 
 
+def _tall(rows: Tensor) -> int:
+    """Columns of a piece that is factored: few enough for a processor's cache, on CUDA as many as fill it."""
+    return max(CHUNK, FILLING // max(1, rows.shape[:-1].numel())) if rows.is_cuda else CHUNK
+
+
 def _pieces(rows: Tensor, width: int, prepare: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
     for piece in rows.split(width, dim=-1):
         exact = piece.to(torch.float64)
@@ -165,7 +172,7 @@ def one_thread_each(matrices: Tensor) -> Iterator[None]:
     1
     """
     threads = torch.get_num_threads()
-    if threads == 1 or matrices.is_cuda or matrices.dim() == 2 or matrices.shape[:-2].numel() < 2:
+    if threads == 1 or matrices.dim() == 2 or matrices.shape[:-2].numel() < 2:
         yield
         return
     torch.set_num_threads(1)
@@ -178,15 +185,31 @@ def one_thread_each(matrices: Tensor) -> Iterator[None]:
 def svd(
     matrix: Float[Tensor, "*batch m n"],
 ) -> tuple[Float[Tensor, "*batch m r"], Float[Tensor, "*batch r"], Float[Tensor, "*batch n r"]]:
-    """The thin singular value decomposition ``matrix = left diag(values) right^T``.
+    """The thin singular value decomposition ``matrix = left diag(values) right^T``; computed where that is fastest.
 
     >>> left, values, right = svd(torch.tensor([[3.0, 0.0], [0.0, 5.0]]))
     >>> values
     tensor([5., 3.])
     """
+    if matrix.is_cuda and max(matrix.shape[-2:]) > BATCHED:
+        return _svd_of_large(matrix)
     with one_thread_each(matrix):
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     return left, values, right.mT
+
+
+def _svd_of_large(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """On the CPU, but for what can be reduced to matrices that CUDA takes many at once."""
+    if matrix.shape[-2] < matrix.shape[-1]:
+        right, values, left = _svd_of_large(matrix.mT)
+        return left, values, right
+    near = matrix.cpu()
+    if matrix.shape[-1] > BATCHED:
+        return tuple(part.to(matrix.device) for part in svd(near))  # pyright: ignore[reportReturnType]
+    with one_thread_each(near):
+        frame, small = (part.to(matrix.device) for part in torch.linalg.qr(near))
+    left, values, right = svd(small)
+    return frame @ left, values, right
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
@@ -195,14 +218,16 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 
 
 def eigh(symmetric: Float[Tensor, "*batch n n"]) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n n"]]:
-    """Eigenvalues, falling, and orthonormal eigenvectors of symmetric matrices.
+    """Eigenvalues, falling, and orthonormal eigenvectors of symmetric matrices; computed where that is fastest.
 
     >>> eigh(torch.diag(torch.tensor([1.0, 9.0])))[0]
     tensor([9., 1.])
     """
+    there = symmetric.is_cuda and symmetric.shape[-1] <= BATCHED
     with one_thread_each(symmetric):
-        values, vectors = torch.linalg.eigh(symmetric)
-    return values.flip(-1), vectors.flip(-1)
+        found = torch.linalg.eigh(symmetric if there else symmetric.cpu())
+    values, vectors = (part.to(symmetric.device).flip(-1) for part in found)
+    return values, vectors
 
 
 def leading_eigenvectors(
@@ -225,16 +250,19 @@ def leading_eigenvectors(
     >>> values.round(), settled
     (tensor([[9., 4.]], dtype=torch.float64), tensor([True]))
     """
+    size = symmetric.shape[-1]
+    if symmetric.is_cuda and size > BATCHED:
+        values, block, settled = leading_eigenvectors(symmetric.cpu(), count)
+        return values.to(symmetric.device), block.to(symmetric.device), settled.to(symmetric.device)
     scale = symmetric.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
     scale = torch.where(scale > 0, scale, 1.0)
     symmetric = symmetric / scale[:, None, None]  # so that its own square exists
-    size = symmetric.shape[-1]
     width = min(size, count + OVERSAMPLING)
-    if len(symmetric) * size <= FEW:
+    if len(symmetric) * size <= FEW or symmetric.is_cuda:
         block, _, values, settled = _rayleigh_ritz(symmetric, eigh(symmetric)[1][..., :width], count)
         return values[..., :count] * scale.unsqueeze(-1), block[..., :count], settled
     generator = torch.Generator().manual_seed(0)  # a fixed start: the same data always give the same operator
-    block = torch.randn(size, width, generator=generator, dtype=torch.float64).to(symmetric.device)
+    block = torch.randn(size, width, generator=generator, dtype=torch.float64)
     block = _orthonormal(symmetric @ (symmetric @ block))
     block, image, values, settled = _rayleigh_ritz(symmetric, block, count)
     missed = ~settled
