@@ -98,7 +98,7 @@ def overhead(
             beside.optimizer, beside.model, None if mode == "forecast" else guard, mode, history=history
         )
     if koop is not None and not refused:  # no attempts are made: they succeed, or are refused as noise
-        then = koop._schedule.start if mode == "auto" else functools.partial(koop._schedule.succeed, secants=True)
+        then = koop._schedule.look_again if mode == "auto" else functools.partial(koop._schedule.succeed, secants=True)
         vain = koop._schedule.in_vain if mode == "auto" else then
         koop._jump = lambda allowed: then(koop.steps)  # type: ignore[assignment]  # in the place of attempts
         koop._follow = lambda held: vain(koop.steps) or record(Found("not tried"), koop.steps, 0, 0.0)

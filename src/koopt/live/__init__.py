@@ -62,7 +62,8 @@ def attach(
         mode: "jump": weights are moved in place; "forecast": training is not touched; "auto": jumps where a guard is
             given and the last steps are smooth, "forecast" without a guard.
         window: even, the largest number of block means that forecasts are made from.
-        cycle: optimizer steps between attempts to jump; tripled after each that fails, up to 16 cycles.
+        cycle: optimizer steps between attempts to jump; three times as many after each that fails, up to 32
+            cycles, twice as many after each look that finds noise, up to 16.
         tail: how many steps at the end of a cycle jumps are made from.
         history: how many pairs of changes of weights and gradients are kept for steps along secants; 0: no such steps,
             which do better than other jumps on some tasks and worse on others; None: 50, or as many as 256 MiB hold, or

@@ -12,8 +12,9 @@ SNAPSHOT, MEAN = 1 / 32, 1 / 64  # to record one, or to add the weights to a mea
 CALLS, PASSES = 2**22, 4
 FIT = 6  # how often a fit goes through the recorded window; a candidate does once
 MOST, ENOUGH = 16, 6  # evaluations in one attempt; with fewer it is not worth its fit
-PATIENCE = 16  # the longest wait between attempts that fail, in cycles,
+FACTOR, PATIENCE = 3, 32  # how waits grow between attempts that fail, and the longest of them, in cycles,
 SELDOM = 0.2  # or until they take this share of the budget
+LOOKS = 16  # the longest wait between looks at noise, in cycles
 # steps along secants: optimizer steps between them, evaluations, how often one goes through all pairs, what that may
 # cost beside the steps between
 INTERVAL, TRIES, LOOPS, SIDE = 20, 5, 2, 0.2
@@ -50,8 +51,8 @@ class Schedule:
     """When the next attempt is due, and how many evaluations it may make.
 
     Args:
-        cycle: optimizer steps between attempts; after one that failed three times as many as before it, up to 16
-            cycles, or until attempts take a fifth of the budget.
+        cycle: optimizer steps between attempts; after one that failed three times as many as before it, up to 32
+            cycles, or until attempts take a fifth of the budget; after looks at noise 1, 2, 4, 8, 16 cycles.
         max_overhead: what recording, fits and evaluations may cost, as a share of the steps.
         costs: of an attempt.
         tail: steps before an attempt that are recorded for it, in which no step along secants is taken.
@@ -72,6 +73,7 @@ class Schedule:
     due: int = 0
     wait: int = 0
     began: int = 0
+    noisy: int = 0  # looks that found noise since a jump was accepted
     spent: float = 0.0
     following: int = 0
     vain: int = 0  # steps along secants that were of no use, one after the other
@@ -100,13 +102,19 @@ class Schedule:
         """An attempt begins, which counts as failed until it has succeeded."""
         whole = self.costs.fit + MOST * self.costs.candidate
         seldom = whole / (SELDOM * self.max_overhead) if self.max_overhead else 0.0
-        self.wait = min(3 * max(self.wait, steps - self.began), max(PATIENCE * self.cycle, math.ceil(seldom)))
+        self.wait = min(FACTOR * max(self.wait, steps - self.began), max(PATIENCE * self.cycle, math.ceil(seldom)))
         self.began, self.due = steps, steps + self.wait
+        self._keep_apart(steps)
+
+    def look_again(self, steps: int) -> None:
+        """The attempt that began was but a look at noise, which is cheap: waits begin anew, and only double."""
+        self.wait = self.cycle * min(2**self.noisy, LOOKS)
+        self.noisy, self.due = self.noisy + 1, steps + self.wait
         self._keep_apart(steps)
 
     def succeed(self, steps: int, secants: bool = False) -> None:
         """A jump was accepted; where there are secants, a step along them follows."""
-        self.wait = self.cycle
+        self.wait, self.noisy = self.cycle, 0
         self.due = steps + self.cycle
         if secants:
             self.follow(steps)
@@ -130,7 +138,7 @@ class Schedule:
     def in_vain(self, steps: int) -> None:
         """A step along secants was of no use: the next waits three times as long, or for a jump if none ever was."""
         self.vain += 1
-        wait = min(3**self.vain * self.interval, PATIENCE * max(self.cycle, self.interval))
+        wait = min(3**self.vain * self.interval, LOOKS * max(self.cycle, self.interval))
         self.following = steps + wait if self.proven or self.vain < CHANCES else 0
         self._keep_apart(steps)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import nn
 
@@ -45,13 +45,68 @@ class RandomState(NamedTuple):
             torch.cuda.set_rng_state_all(self.cuda)
 
 
-def measure(guard: Callable[[], object], model: nn.Module, random_state: RandomState | None = None) -> float:
+class Buffer(NamedTuple):
+    """A buffer of a module, and the values that it had."""
+
+    buffers: dict[str, Tensor | None]
+    name: str
+    buffer: Tensor
+    values: Tensor
+
+
+class Surroundings(NamedTuple):
+    """What a guard may change beside the parameters' values, as it is now: to be put back after each call of it.
+
+    >>> model = nn.BatchNorm1d(1)
+    >>> now = Surroundings.of(model)
+    >>> _ = model(torch.ones(4, 1)), model.eval()
+    >>> now.restore()
+    >>> model.running_mean, model.training
+    (tensor([0.]), True)
+    """
+
+    modes: list[tuple[nn.Module, bool]]
+    gradients: list[tuple[nn.Parameter, Tensor | None]]
+    buffers: list[Buffer]
+    grad_enabled: bool
+    random: RandomState
+
+    @classmethod
+    def of(cls, model: nn.Module, buffers: bool = True) -> Surroundings:
+        """Those of a model; without `buffers` these stay as they are made."""
+        return cls(
+            [(module, module.training) for module in model.modules()],
+            [(parameter, parameter.grad) for parameter in model.parameters()],
+            buffers_of(model) if buffers else [],
+            torch.is_grad_enabled(),
+            RandomState.now(),
+        )
+
+    def clear_gradients(self) -> None:
+        """So that backward() makes others."""
+        for parameter, gradient in self.gradients:
+            if gradient is not None:
+                parameter.grad = None
+
+    def restore(self) -> None:
+        self.random.restore()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        for module, training in self.modes:
+            if module.training != training:
+                module.training = training
+        if self.buffers:
+            put_back(self.buffers)
+        torch.set_grad_enabled(self.grad_enabled)
+
+
+def measure(guard: Callable[[], object], model: nn.Module, surroundings: Surroundings | None = None) -> float:
     """The guard's loss; buffers, gradients, modes and random state are afterwards as they were.
 
     Args:
         guard: called without arguments, with gradients enabled as they are now.
         model: the module whose state is kept.
-        random_state: as it is now, where that is known: for several calls in a row it is read once.
+        surroundings: as they are now, where that is known: for several calls in a row they are looked at once.
 
     Returns:
         The loss; NaN and Inf pass.
@@ -63,7 +118,7 @@ def measure(guard: Callable[[], object], model: nn.Module, random_state: RandomS
     >>> measure(lambda: nn.init.ones_(model.weight).sum(), model)
     1.0
     """
-    with untouched(model, random_state):
+    with untouched(model, surroundings):
         loss = guard()
         if isinstance(loss, torch.Tensor) and loss.dim() == 0 and not loss.is_complex():
             return float(loss.detach())
@@ -74,7 +129,7 @@ def measure(guard: Callable[[], object], model: nn.Module, random_state: RandomS
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, random_state: RandomState | None = None) -> Iterator[None]:
+def untouched(model: nn.Module, surroundings: Surroundings | None = None) -> Iterator[None]:
     """Everything but the parameters' values is put back: buffers, ``.grad``, train or eval mode, random state.
 
     >>> model = nn.BatchNorm1d(1)
@@ -83,44 +138,42 @@ def untouched(model: nn.Module, random_state: RandomState | None = None) -> Iter
     >>> model.running_mean, model.training
     (tensor([0.]), True)
     """
-    with buffers_kept(model), undisturbed(model, random_state):
-        yield
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module, random_state: RandomState | None = None) -> Iterator[None]:
-    """Like :func:`untouched`, but buffers stay as they were made within."""
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    enabled = torch.is_grad_enabled()
-    kept = random_state or RandomState.now()
+    kept = surroundings or Surroundings.of(model)
+    kept.clear_gradients()
     try:
-        for parameter, gradient in gradients:
-            if gradient is not None:
-                parameter.grad = None  # so that backward() makes another one
         yield
     finally:
         kept.restore()
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for module, training in modes:
-            module.training = training
-        torch.set_grad_enabled(enabled)
+
+
+def undisturbed(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Like :func:`untouched`, but buffers stay as they were made within."""
+    return untouched(model, Surroundings.of(model, buffers=False))
 
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Buffers are afterwards the same tensors with the same values."""
-    kept = [
-        (module._buffers, name, buffer, buffer.clone())
+    kept = buffers_of(model)
+    try:
+        yield
+    finally:
+        put_back(kept)
+
+
+def buffers_of(model: nn.Module) -> list[Buffer]:
+    """Where each buffer is, and its values."""
+    return [
+        Buffer(module._buffers, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffers, name, buffer, values in kept:
-                buffers[name] = buffer
-                buffer.copy_(values)
+
+
+@torch.no_grad()
+def put_back(kept: Iterable[Buffer]) -> None:
+    """Buffers become the same tensors with the same values."""
+    for buffers, name, buffer, values in kept:
+        buffers[name] = buffer
+        buffer.copy_(values)

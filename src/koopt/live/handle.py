@@ -18,7 +18,7 @@ from koopt.live import evaluating, records, resuming, secants
 from koopt.live import momentum as moments
 from koopt.live.budget import ADVANCE, ENOUGH, MEAN, MOST, SNAPSHOT, TRIES, Costs, Schedule
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, displaced, roughness
-from koopt.live.guard import RandomState, buffers_kept, measure, undisturbed
+from koopt.live.guard import Surroundings, buffers_kept, measure, undisturbed
 from koopt.live.jumps import TOLERANCE, Found, disagreement, follow, search
 from koopt.live.refreshing import refreshed, write_buffers
 from koopt.live.skipping import moving, skipped
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 KEY = "koopt"  # in the optimizer's own state dict, where asked for
 ALWAYS = 4  # steps along secants before each of which it is asked whether gradients are noise
 RECORDED = 8  # points before a step along secants, where they are not tried again and again
-SCHEDULED = ("due", "wait", "began", "spent", "following", "vain", "proven", "tries")
+SCHEDULED = ("due", "wait", "began", "noisy", "spent", "following", "vain", "proven", "tries")
 log = logging.getLogger("koopt")
 _attached: WeakSet[torch.optim.Optimizer] = WeakSet()
 
@@ -93,10 +93,12 @@ class Live:
         self._callbacks: list[Callable[[Jump], object]] = []
         self._sound = False  # whether the guard has ever been finite
         self._evaluations = 0  # in the attempt that goes on
-        self._random: RandomState | None = None  # at its start
+        self._surroundings: Surroundings | None = None  # at its start
         self.steps = 0
         self.jumps: list[Jump] = []
-        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        self._hooks = [optimizer.register_step_post_hook(self._after)]
+        if self._secants is not None:
+            self._hooks.append(optimizer.register_step_pre_hook(self._before))
         if with_optimizer:
             self._hooks.append(optimizer.register_state_dict_post_hook(self._into))
             self._hooks.append(optimizer.register_load_state_dict_pre_hook(self._out_of))
@@ -157,7 +159,7 @@ class Live:
         ...     validated = model(torch.ones(1, 1))
         """
         weights = self._forecast(steps)
-        with self._weights.holding("forecast_weights()"), buffers_kept(self._model):
+        with self._holding("forecast_weights()"), buffers_kept(self._model):
             self._weights.write(weights)
             if self._refresh is not None:
                 with undisturbed(self._model):
@@ -272,12 +274,13 @@ class Live:
             self.load_state_dict(state[KEY])
         return {name: value for name, value in state.items() if name != KEY}
 
+    def _refuse(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        raise RuntimeError(
+            f"optimizer.step() within {self._weights.holder}: the weights are not the trained ones there; "
+            "step outside of it"
+        )
+
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._weights.holder is not None:
-            raise RuntimeError(
-                f"optimizer.step() within {self._weights.holder}: the weights are not the trained ones there; "
-                "step outside of it"
-            )
         if self._secants is not None and self._at_point(self.steps + 1):
             self._secants.begin(self._weights.parameters)
 
@@ -291,8 +294,9 @@ class Live:
             self._schedule.spent += MEAN
         if self._secants is not None and self._toward_step(self._secants):
             return
-        if self._tail is not None:
-            self._toward_jump(self._tail)
+        left = self._schedule.due - self.steps
+        if left < self._settings.tail and self._tail is not None:
+            self._toward_jump(self._tail, left)
 
     def _at_point(self, step: int) -> bool:
         """Whether a step is one whose gradient is recorded for the step along secants that is due."""
@@ -313,12 +317,9 @@ class Live:
             return False
         return self._follow(held).accepted
 
-    def _toward_jump(self, tail: Snapshots) -> None:
-        """Record the last steps before the attempt that is due, and make it, as far as the budget allows."""
+    def _toward_jump(self, tail: Snapshots, left: int) -> None:
+        """Record the last steps before the attempt that is due in `left`, and make it, as far as the budget allows."""
         schedule, length = self._schedule, self._settings.tail
-        left = schedule.due - self.steps
-        if left >= length:
-            return
         if left == length - 1 and not schedule.afford(self._recording):
             if not self.jumps or not self.jumps[-1].reason.startswith("budget"):
                 why = f"budget: max_overhead={schedule.max_overhead:g} does not allow {ENOUGH} evaluations yet"
@@ -397,6 +398,7 @@ class Live:
         if self._settings.mode == "auto":
             rough = roughness(snapshots, self._ranks)
             if rough > NOISE:
+                self._schedule.look_again(self.steps)
                 return Found(f"noise: one step ahead a forecast misses {rough:.2g} of an increment"), {}
         self._schedule.spent += self._schedule.costs.fit
         proposer = Proposer(snapshots, self._ranks)
@@ -427,7 +429,7 @@ class Live:
 
     def _judged(self, searching: Callable[[Sequence[Tensor], float], Found]) -> tuple[Found, Mapping[str, Tensor]]:
         """What a search finds by the guard, and is still better with its buffers renewed; the weights are as before."""
-        with self._weights.holding("a jump's guard") as saved, self._same_numbers():
+        with self._guarding("a jump's guard") as saved:
             before = self._measure(saved)
             if not math.isfinite(before):
                 if not self._sound:
@@ -474,7 +476,7 @@ class Live:
         self._weights.require_in(distributed.bare(self._model))
         window = self._tail if self._means is None else self._means
         assert window is not None
-        with self._weights.holding("a forecast's guard") as saved, self._same_numbers():
+        with self._guarding("a forecast's guard") as saved:
             if steps is None and self._guard is not None:
                 return evaluating.by_guard(window, saved, self._loss_at, self._taste, self.steps, self._ranks)
             return evaluating.by_rule(window, steps, saved, self._ranks)
@@ -488,14 +490,27 @@ class Live:
     def _loss_at(self, weights: Sequence[Tensor]) -> float:
         assert self._guard is not None
         self._weights.write(weights)
-        measured = functools.partial(measure, self._guard, self._model, self._random)
+        measured = functools.partial(measure, self._guard, self._model, self._surroundings)
         return distributed.mean_of(measured, self._ranks, "guard")
 
     @contextlib.contextmanager
-    def _same_numbers(self) -> Iterator[None]:
-        """All evaluations within see the same random numbers, whose state is read once: that takes as long as one."""
-        self._random = RandomState.now()
+    def _guarding(self, who: str) -> Iterator[list[Tensor]]:
+        """The weights are held, and all evaluations within have the same surroundings, which are looked at once."""
+        with self._holding(who) as saved:
+            self._surroundings = Surroundings.of(self._model)
+            try:
+                yield saved
+            finally:
+                self._surroundings = None
+
+    @contextlib.contextmanager
+    def _holding(self, who: str) -> Iterator[list[Tensor]]:
+        """The weights may be changed within, and the optimizer refuses to step."""
+        refusing = self._optimizer.register_step_pre_hook(
+            self._refuse
+        )  # only here: each hook costs something each step
         try:
-            yield
+            with self._weights.holding(who) as saved:
+                yield saved
         finally:
-            self._random = None
+            refusing.remove()
