@@ -24,6 +24,16 @@ def test_before_enough_data_the_forecast_is_the_weights_then_the_average():
     torch.testing.assert_close(forecast, torch.stack(copies[-2:]).mean(dim=0), rtol=1e-6, atol=1e-7)
 
 
+def test_weights_that_were_put_elsewhere_are_followed():
+    """``parameter.data = ...``, as vector_to_parameters() does it: their memory is another one."""
+    task = Task(sgd)
+    koop = task.attach(mode="forecast")
+    task.run(steps=1)
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(task.model.parameters()), task.model.parameters())
+    task.step(1)
+    assert torch.equal(koop._means.rows[1], flat(task.model).float())
+
+
 class Decay:
     """Weights that decay to a limit, with noise."""
 

@@ -282,7 +282,7 @@ class Live:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._secants is not None and self._at_point(self.steps + 1):
-            self._secants.begin(self._weights.parameters)
+            self._secants.begin(self._weights.values)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if skipped(optimizer):
@@ -290,7 +290,7 @@ class Live:
         self.steps += 1
         # while jumps are accepted an average would be cleared by the next one
         means = None if self.jumps and self.jumps[-1].accepted else self._means
-        if means is not None and means.add(self._weights.parameters):
+        if means is not None and means.add(self._weights.values):
             self._schedule.spent += MEAN
         if self._secants is not None and self._toward_step(self._secants):
             return
@@ -325,7 +325,7 @@ class Live:
                 why = f"budget: max_overhead={schedule.max_overhead:g} does not allow {ENOUGH} evaluations yet"
                 self._tell(records.record(Found(why), self.steps, evaluations=0, seconds=0.0))
             return
-        tail.add(self._weights.parameters)
+        tail.add(self._weights.values)
         if self._momenta is not None:
             self._momenta.add(moments.recorded(self._optimizer, list(self._weights.named.values())))
         schedule.spent += self._recording / length

@@ -36,12 +36,28 @@ class Weights:
         self._own = list[Any](named.values())
         self._sharding = list(sharding_modules)
         self._placed = any(sharding.is_sharded(parameter) for parameter in self._own)
+        self._places: list[int] = []
+        self._values: list[Tensor] = []
         self.holder: str | None = None
 
     @property
     def parameters(self) -> list[Any]:
         """What this process holds of each parameter, in its memory."""
         return [sharding.local(parameter) for parameter in self._own] if self._placed else self._own
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The same, detached: reading them needs no ``torch.no_grad()``, which costs more than a small copy.
+
+        >>> weights = Weights({"a": nn.Parameter(torch.ones(1))})
+        >>> weights.values
+        [tensor([1.])]
+        """
+        own = self.parameters
+        places = [parameter.data_ptr() for parameter in own]
+        if places != self._places or self._placed:  # `parameter.data = ...` puts it elsewhere
+            self._places, self._values = places, [parameter.detach() for parameter in own]
+        return self._values
 
     @torch.no_grad()
     def write(self, values: Sequence[Tensor]) -> None:

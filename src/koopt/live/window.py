@@ -159,25 +159,24 @@ def cut(row: Tensor, tensors: Sequence[Tensor]) -> list[Any]:
 def record(targets: Sequence[Tensor], sources: Sequence[Tensor], add: bool = False) -> None:
     """Copy each source into its target, or add it, without a gradient.
 
-    On the CPU one by one, and without ``torch.no_grad()``: between two steps of an optimizer neither is in the
-    processor's caches, where it takes three times as long as in a loop of its own.
+    On the CPU one by one, and best from detached tensors, without ``torch.no_grad()``: between two steps of an
+    optimizer neither that nor torch's operations on lists are in the processor's caches.
 
     >>> record([target := torch.ones(2)], [nn.Parameter(torch.ones(2))], add=True)
     >>> target
     tensor([2., 2.])
     """
-    enabled = torch.is_grad_enabled()
-    torch.set_grad_enabled(False)
-    try:
-        near = on(targets[0].device, sources)
-        if targets[0].is_cpu:
-            for target, source in zip(targets, near, strict=True):
-                target.add_(source) if add else target.copy_(source)
-        else:
-            in_place = torch._foreach_add_ if add else torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-            in_place(list(targets), near)
-    finally:
-        torch.set_grad_enabled(enabled)
+    if targets[0].is_cpu:
+        for target, source in zip(targets, sources, strict=True):
+            near = source.detach() if source.requires_grad else source
+            if add:
+                target.add_(near if near.is_cpu else near.cpu())
+            else:
+                target.copy_(near)
+        return
+    in_place = torch._foreach_add_ if add else torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+    with torch.no_grad():
+        in_place(list(targets), on(targets[0].device, sources))
 
 
 def on(device: torch.device, tensors: Sequence[Tensor]) -> list[Any]:
