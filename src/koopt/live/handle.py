@@ -290,7 +290,8 @@ class Live:
         self.steps += 1
         # while jumps are accepted an average would be cleared by the next one
         means = None if self.jumps and self.jumps[-1].accepted else self._means
-        if means is not None and means.add(self._weights.values):
+        if means is not None and means.is_due():
+            means.take(self._weights.values)
             self._schedule.spent += MEAN
         if self._secants is not None and self._toward_step(self._secants):
             return

@@ -73,7 +73,7 @@ class BlockMeans:
 
     >>> means = BlockMeans([torch.tensor([1.0])], 4, torch.float32, torch.device("cpu"))
     >>> for value in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0):
-    ...     _ = means.add([torch.tensor([value])])
+    ...     means.add([torch.tensor([value])])
     >>> means.ordered().flatten(), means.block
     (tensor([1.5000, 3.5000, 5.5000]), 2)
     """
@@ -85,15 +85,17 @@ class BlockMeans:
         self._sums = cut(self.sum, tensors)
         self.clear()
 
-    def add(self, tensors: Sequence[Tensor]) -> bool:
-        """One more step; whether it is one of those that are added up."""
-        self.open += 1
-        if self.open % self.stride:
-            return False
-        self._add(tensors)
-        return True
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """One more step."""
+        if self.is_due():
+            self.take(tensors)
 
-    def _add(self, tensors: Sequence[Tensor]) -> None:
+    def is_due(self) -> bool:
+        """One more step; whether it is one of those that are added up: then :meth:`take` has to follow."""
+        self.open += 1
+        return not self.open % self.stride
+
+    def take(self, tensors: Sequence[Tensor]) -> None:
         record(self._sums, tensors, add=self.open > self.stride)
         if self.open < self.block:
             return
@@ -121,7 +123,7 @@ class BlockMeans:
 
         >>> means = BlockMeans([torch.tensor([1.0])], 4, torch.float32, torch.device("cpu"))
         >>> for value in (1.0, 2.0, 3.0, 4.0, 9.0):
-        ...     _ = means.add([torch.tensor([value])])
+        ...     means.add([torch.tensor([value])])
         >>> means.with_open().flatten()
         tensor([1.5000, 3.5000, 9.0000])
         """
