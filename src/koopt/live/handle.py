@@ -507,9 +507,8 @@ class Live:
     @contextlib.contextmanager
     def _holding(self, who: str) -> Iterator[list[Tensor]]:
         """The weights may be changed within, and the optimizer refuses to step."""
-        refusing = self._optimizer.register_step_pre_hook(
-            self._refuse
-        )  # only here: each hook costs something each step
+        # only here, since each hook costs something at each step
+        refusing = self._optimizer.register_step_pre_hook(self._refuse)
         try:
             with self._weights.holding(who) as saved:
                 yield saved
