@@ -37,7 +37,7 @@ class Snapshots:
         self.taken = 0
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        record(self._cut[self.taken % len(self.rows)], tensors)
+        record(self._cut[self.taken % len(self._cut)], tensors)
         self.taken += 1
 
     def clear(self) -> None:
