@@ -21,10 +21,10 @@ import argparse
 import functools
 import itertools
 import statistics
-import time
 from typing import TYPE_CHECKING
 
 import torch
+from timing import now
 from torch import nn
 
 import koopt
@@ -86,14 +86,6 @@ class Run:
                 hooks.update(own)
 
 
-def now(device: torch.device) -> float:
-    """Seconds: of this thread's processor time; on an accelerator by the clock, when it has done all it was given."""
-    if device.type == "cpu":
-        return time.thread_time()
-    torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
 def overhead(
     sizes: tuple[int, ...], mode: str, batch: int, steps: int, history: int, device: str, refused: bool
 ) -> tuple[float, int]:
@@ -114,11 +106,11 @@ def overhead(
         koop._follow = lambda held: vain(koop.steps) or record(Found("not tried"), koop.steps, 0, 0.0)
     pairs = []
     for block in range(steps // BLOCK):
-        own = 0.0
         if block % 2:
-            own = run.seconds_without_hooks(BLOCK)
-        other = run.seconds(BLOCK)
-        pairs.append((own or run.seconds_without_hooks(BLOCK), other))
+            own, other = run.seconds_without_hooks(BLOCK), run.seconds(BLOCK)
+        else:
+            other, own = run.seconds(BLOCK), run.seconds_without_hooks(BLOCK)
+        pairs.append((own, other))
     if refused:  # attempts are few and long
         share = sum(other for _, other in pairs) / sum(own for own, _ in pairs)
     else:

@@ -17,6 +17,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from timing import now
 from torch import nn
 
 import koopt
@@ -29,7 +30,7 @@ SIZES = (2_000_000, 4_000_000, 8_000_000, 16_000_000)
 
 
 def seconds(call, device: torch.device, repeats: int = 4) -> float:
-    """Of one thread's processor time, which what else runs on the machine changes least; of an accelerator's clock."""
+    """The least of some repeats."""
     call()
     times = []
     for _ in range(repeats):
@@ -37,13 +38,6 @@ def seconds(call, device: torch.device, repeats: int = 4) -> float:
         call()
         times.append(now(device) - started)
     return min(times)
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cpu":
-        return time.process_time()
-    torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 def slopes(count: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -171,9 +171,21 @@ def resumable(device="cpu", **options):
     return task, koop
 
 
+def parts(task, koop):
+    """What has a state."""
+    return {"model": task.model, "optimizer": task.optimizer, "scheduler": task.scheduler, "koop": koop}
+
+
 def saved(task, koop):
     stream = io.BytesIO()
-    parts = {"model": task.model, "optimizer": task.optimizer, "scheduler": task.scheduler, "koop": koop}
-    torch.save({name: part.state_dict() for name, part in parts.items()}, stream)
+    torch.save({name: part.state_dict() for name, part in parts(task, koop).items()}, stream)
     stream.seek(0)
     return torch.load(stream, weights_only=True)
+
+
+def resumed(state, device="cpu", **options):
+    """Another run, and its handle, that go on from what `saved` returned."""
+    task, koop = resumable(device, **options)
+    for name, part in parts(task, koop).items():
+        part.load_state_dict(state[name])
+    return task, koop

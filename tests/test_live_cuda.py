@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from live_tasks import LOOPS, STATEFUL, Task, adam, flat, resumable, saved, sgd
+from live_tasks import LOOPS, STATEFUL, Task, adam, flat, resumable, resumed, saved, sgd
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -148,13 +148,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(at, momentum):
         if step == at:
             state = saved(whole, koop)
         whole.step(step)
-    resumed, again = resumable("cuda", momentum=momentum, history=8)
-    for name, part in (("model", resumed.model), ("optimizer", resumed.optimizer), ("scheduler", resumed.scheduler)):
-        part.load_state_dict(state[name])
-    again.load_state_dict(state["koop"])
+    other, _ = resumed(state, "cuda", momentum=momentum, history=8)
     for step in range(at, 80):
-        resumed.step(step)
-    assert resumed.bits == whole.bits
+        other.step(step)
+    assert other.bits == whole.bits
     assert any(jump.accepted for jump in koop.jumps)
 
 
@@ -165,10 +162,7 @@ def test_a_run_moves_between_devices():
         run, koop = resumable(first)
         run.run(30)
         state = saved(run, koop)
-        other, again = resumable(second)
-        for name, part in (("model", other.model), ("optimizer", other.optimizer), ("scheduler", other.scheduler)):
-            part.load_state_dict(state[name])
-        again.load_state_dict(state["koop"])
+        other, again = resumed(state, second)
         for step in range(30, 40):
             other.step(step)
         ends[first, second] = flat(other.model).cpu()

@@ -205,7 +205,8 @@ def _svd_of_large(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return left, values, right
     near = matrix.cpu()
     if matrix.shape[-1] > BATCHED:
-        return tuple(part.to(matrix.device) for part in svd(near))  # pyright: ignore[reportReturnType]
+        left, values, right = (part.to(matrix.device) for part in svd(near))
+        return left, values, right
     with one_thread_each(near):
         frame, small = (part.to(matrix.device) for part in torch.linalg.qr(near))
     left, values, right = svd(small)
