@@ -16,29 +16,21 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from reaching import mean_shares
 
-from koopt.bench import statistics
 from koopt.bench.method import Trainer
 from koopt.bench.methods import attached
 from koopt.bench.methods.jumping import LINE, LINES, start_line
 from koopt.bench.methods.training import searched, start_plain
-from koopt.bench.protocol import MISSED, losses_at_shares
+from koopt.bench.protocol import losses_at_shares
 from koopt.bench.run import run
+from koopt.bench.statistics import crossing
 from koopt.bench.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from koopt.bench.task import Task
-
 RATES = {"de-solver": 0.04, "burgers": 0.008}
-
-
-def shares(task: Task, trainer: Trainer, setting: Mapping[str, Any], seed: int, losses: list[float]) -> list[float]:
-    """Of the steps to each loss, seconds to the last, and the loss at the end."""
-    curve = run(task, trainer, setting, seed)[0].curve
-    found = [statistics.crossing(curve.cost, curve.loss, loss) / task.steps for loss in losses]
-    return [*found, statistics.crossing(curve.seconds, curve.loss, losses[-1]), float(curve.loss[-1])]
 
 
 def main() -> None:
@@ -62,22 +54,22 @@ def main() -> None:
     for task in (TASKS[name] for name in arguments.tasks):
         given = {"optimizer": task.optimizers[0], "rate": RATES[task.name], "schedule": "cosine"}
         plain = Trainer("plain", start_plain, searched)
-        records = {seed: run(task, plain, given, seed)[0] for seed in arguments.seeds}
-        aims = {seed: losses_at_shares(record, task) for seed, record in records.items()}
+        records = [run(task, plain, given, seed)[0] for seed in arguments.seeds]
+        aims = [losses_at_shares(record, task) for record in records]
         if arguments.schedule != "cosine":
             other = given | {"schedule": arguments.schedule}
-            records = {seed: run(task, plain, other, seed)[0] for seed in arguments.seeds}
-        ends = [float(record.curve.loss[-1]) for record in records.values()]
+            records = [run(task, plain, other, seed)[0] for seed in arguments.seeds]
+        ends = [float(record.curve.loss[-1]) for record in records]
         for title, (trainer, setting) in ways.items():
             own = given | dict(setting) | {"schedule": arguments.schedule, "evaluated": "trained"}
-            found = [shares(task, trainer, own, seed, aims[seed]) for seed in arguments.seeds]
-            rows = np.array([[one if math.isfinite(one) else MISSED for one in row[:3]] for row in found])
-            means, reached = np.exp(np.log(rows).mean(axis=0)), sum(math.isfinite(row[2]) for row in found)
-            seconds = np.median([row[3] for row in found])
-            worse = sum(row[4] > 1.02 * end for row, end in zip(found, ends, strict=True))
+            curves = [run(task, trainer, own, seed)[0].curve for seed in arguments.seeds]
+            means = mean_shares(curves, aims, task.steps, "cost")
+            last = [crossing(curve.seconds, curve.loss, losses[-1]) for curve, losses in zip(curves, aims, strict=True)]
+            seconds, reached = np.median(last), sum(map(math.isfinite, last))
+            worse = sum(curve.loss[-1] > 1.02 * end for curve, end in zip(curves, ends, strict=True))
             print(
                 f"{task.name:10s} {title:24s} {' '.join(f'{mean:.3f}' for mean in means)}  "
-                f"{reached}/{len(found)} reach the last, {seconds:.1f} s; {worse} end worse",
+                f"{reached}/{len(curves)} reach the last, {seconds:.1f} s; {worse} end worse",
                 flush=True,
             )
 

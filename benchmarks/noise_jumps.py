@@ -16,14 +16,13 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from reaching import mean_shares
 
 import koopt
-from koopt.bench import statistics
 from koopt.bench.method import Trainer
 from koopt.bench.methods.training import Counted, searched, start_plain, weights_of, write
-from koopt.bench.protocol import MISSED, losses_at_shares
+from koopt.bench.protocol import losses_at_shares
 from koopt.bench.run import run
 from koopt.bench.tasks import TASKS
 from koopt.live.guard import measure
@@ -114,18 +113,14 @@ def main() -> None:
     arguments = parser.parse_args()
     task, plain = TASKS["mnist-mlp"], Trainer("plain", start_plain, searched)
     given = {"optimizer": "adamw", "rate": TUNED, "schedule": "cosine"}
-    aims = {seed: losses_at_shares(run(task, plain, given, seed)[0], task) for seed in arguments.seeds}
+    aims = [losses_at_shares(run(task, plain, given, seed)[0], task) for seed in arguments.seeds]
     trainer = Trainer("jumping", started, searched, guard=True)
     for rate in arguments.rates:
         for title, way in WAYS.items():
             made: list[Jumping] = []
             own = {"optimizer": "adamw", "rate": rate, "schedule": "constant", "made": made, **way}
-            found = {seed: run(task, trainer, own, seed)[0].curve for seed in arguments.seeds}
-            rows = [
-                [statistics.crossing(curve.steps, curve.loss, aim) / task.steps for aim in aims[seed]]
-                for seed, curve in found.items()
-            ]
-            means = np.exp(np.log(np.where(np.isfinite(rows), rows, MISSED)).mean(axis=0))
+            curves = [run(task, trainer, own, seed)[0].curve for seed in arguments.seeds]
+            means = mean_shares(curves, aims, task.steps)
             tried, accepted = (sum(getattr(one, name) for one in made) for name in ("tried", "accepted"))
             kept = f"{accepted / tried:.0%} of {tried} accepted" if tried else ""
             print(f"rate {rate:g}, {title:32s} {' '.join(f'{mean:.2f}' for mean in means)}  {kept}", flush=True)

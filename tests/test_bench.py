@@ -323,7 +323,28 @@ def test_baseline_is_the_best_of_the_grid(bowls):
     tried = of(rows, "search", method="optimizer")
     assert [row["setting"] for row in tried] == ["rate 0.01", "rate 0.1", "rate 0.5", "rate 5"]
     assert ["score_1001" in row for row in tried] == [False, True, True, False]  # the best third, rounded up
+    assert ["score_1005" in row for row in tried] == [False, True, True, False]
     assert [row["chosen"] for row in tried] == [False, False, True, False]
+
+
+def test_settings_are_chosen_on_more_seeds_than_they_are_narrowed_down_on(tmp_path):
+    def start(problem, setting, steps):
+        lucky = problem.model.weight[0, 1].item() in (8.0, 2.0)  # seeds 1000 and 1001
+        return Descent(problem, 0.5 if lucky else setting["elsewhere"])
+
+    grid = [{"elsewhere": rate} for rate in (0.01, 0.02, 0.03, 0.4, *[0.001] * 8)]
+    for place, setting in enumerate(grid):
+        setting["place"] = place
+    few = METHODS | {"lucky": Trainer("lucky", start, lambda _: grid)}
+    settings = protocol.Settings(("lucky",), seeds=2)
+    rows, failures = command.bench(settings, BOWL, few, tmp_path)
+    assert not failures
+    tried = of(rows, "search", method="lucky")
+    assert [sum(key.startswith("score_") for key in row) for row in tried] == [6, 6, 6, 2, *[1] * 8]  # ties: in order
+    assert [row["chosen"] for row in tried] == [False, False, True, *[False] * 9]
+    scores = [tried[2][f"score_{seed}"] for seed in range(1000, 1006)]
+    assert tried[2]["score"] == pytest.approx(sum(scores) / 6)
+    assert scores[2] > scores[0] == pytest.approx(tried[0]["score_1000"])
 
 
 def test_baseline_spends_its_own_budget(bowls):
@@ -376,7 +397,7 @@ def test_result_file(bowls):
     assert result["experiment"] == "bench bowl"
     assert len(result["rows"]) == len(rows)
     assert sorted(path.name for path in folder.glob("*.png")) == sorted(result["figures"])
-    assert result["settings"]["tuning_seeds"] == [1000, 1001]
+    assert result["settings"]["tuning_seeds"] == [1000, 1001, 1002, 1003, 1004, 1005]
     for title, headings, lines in results.tables(rows):
         assert len(title) <= 100
         widths = [max(len(str(line.get(key, ""))) for line in [*lines, headings]) for key in headings]

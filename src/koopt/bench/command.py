@@ -103,7 +103,7 @@ def bench(
     drawn = _draw(outcome, folder) if outcome.targets else []
     titles = {name: method.title for name, method in methods.items()}
     (folder / "targets.md").write_text(results.markdown(rows, titles))
-    about = asdict(settings) | {"tuning_seeds": protocol.TUNING, "shares": protocol.SHARES}
+    about = asdict(settings) | {"tuning_seeds": protocol.tuning_seeds(settings.quick), "shares": protocol.SHARES}
     about |= {"task": task.name, "steps": task.steps, "looks": task.looks, "full_batch": task.full_batch}
     seconds = time.perf_counter() - begin
     findings = results.findings(outcome, settings.seeds)

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     Score = tuple[float, ...]
 
 BASELINE = "optimizer"
-TUNING = (1000, 1001)  # seeds; never reported
+TUNING = tuple(range(1000, 1006))  # seeds; never reported
+FIRST = TUNING[:2]  # on which many settings are tried
 SHARES = (0.5, 0.75, 1.0)  # of the baseline's budget, at which its losses are the targets
 MISSED = 1.5  # share of the budget that a target counts which is not reached
 KEPT = 3  # one setting in so many is tried on the second tuning seed
+FINALISTS = 3  # settings of those that are tried on the others
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,10 @@ def conduct(
 ) -> Outcome:
     """Search, then run the reported seeds; what is on disk is taken over.
 
-    The first tuning seed is tried with every setting of the grid, the second with the best third of them, and the best
-    over both is chosen; `options` are then tried likewise on top of the two best. The baseline's score is its final
-    loss, that of others the share of the budget to the baseline's losses on the same seed.
+    The first tuning seed is tried with every setting of the grid, the second with the best third of them; `options` are
+    then tried likewise on top of the two best over both. The best three so far are tried on the other tuning seeds, and
+    the best over all seeds is chosen. The baseline's score is its final loss, that of others the share of the budget to
+    the baseline's losses on the same seed.
 
     Args:
         settings: what is compared.
@@ -134,11 +137,14 @@ def conduct(
     def final(record: Record, seed: int) -> Score:
         return (record.final,)
 
-    found = _narrowed({BASELINE: grids[BASELINE]}, dict.fromkeys([BASELINE], final), trials, "baseline", progress)
+    seeds = tuning_seeds(settings.quick)
+    first = {BASELINE: final}
+    found = _narrowed({BASELINE: grids[BASELINE]}, first, trials, "baseline", progress)
+    found = _decided(found, first, trials, seeds, "baseline, other seeds", progress)
     tuned = found[BASELINE].chosen
     if tuned is None:
         return Outcome(task, [], found, {}, {}, trials.failed, trials.outdated)
-    records = {seed: record for seed in TUNING if (record := trials.get(tuned, seed)) is not None}
+    records = {seed: record for seed in seeds if (record := trials.get(tuned, seed)) is not None}
     aims = {seed: losses_at_shares(record, task) for seed, record in records.items()}
 
     def share(record: Record, seed: int) -> Score:
@@ -149,12 +155,13 @@ def conduct(
 
     rest = {name: ways for name, ways in grids.items() if name != BASELINE}
     scores = dict.fromkeys(rest, share)
-    found |= _narrowed(rest, scores, trials, "second seed", progress)
-    further = {name: _with_options(found[name], methods[name], settings.quick) for name in rest}
+    others = _narrowed(rest, scores, trials, "second seed", progress)
+    further = {name: _with_options(others[name], methods[name], settings.quick) for name in rest}
     further = {name: ways for name, ways in further.items() if ways}
     trials.make([(way, TUNING[0]) for ways in further.values() for way in ways], f"{task.name}: options", progress)
     for name, search in _narrowed(further, scores, trials, "options, second seed", progress).items():
-        found[name] = _best_of(found[name].tried + search.tried)
+        others[name] = _best_of(others[name].tried + search.tried)
+    found |= _decided(others, scores, trials, seeds, "other seeds", progress)
 
     chosen = {name: search.chosen for name, search in found.items() if search.chosen is not None}
     alone = {name: without for name, way in chosen.items() if (without := _without(way, methods, task)) is not None}
@@ -172,6 +179,11 @@ def conduct(
     without = {name: records for name, way in alone.items() if (records := _records(trials, way, settings))}
     ordered = {name: found[name] for name in names if name in found}
     return Outcome(task, targets, ordered, kept, without, trials.failed, trials.outdated)
+
+
+def tuning_seeds(quick: bool) -> tuple[int, ...]:
+    """The seeds of the search."""
+    return FIRST if quick else TUNING
 
 
 def serving(settings: Settings, methods: Mapping[str, Trainer | Observer], task: Task) -> tuple[str, ...]:
@@ -224,14 +236,45 @@ def _narrowed(
     progress: Progress,
 ) -> dict[str, Search]:
     """Try the best third by the first tuning seed on the second, and choose by both."""
-    tried = {name: _tried(ways[name], scores[name], trials, TUNING[:1]) for name in ways}
+    tried = {name: _tried(ways[name], scores[name], trials, FIRST[:1]) for name in ways}
     better = {name: [way for way, _ in _ranked(few)[: -(-len(few) // KEPT)]] for name, few in tried.items()}
-    again = [(way, seed) for few in better.values() for way in few for seed in TUNING[1:]]
-    trials.make(again, f"{trials.task.name}: {stage}", progress)
-    for name, few in better.items():
-        both = {way.shown: found for way, found in _tried(few, scores[name], trials, TUNING)}
-        tried[name] = [(way, both.get(way.shown, found)) for way, found in tried[name]]
-    return {name: _best_of(few) for name, few in tried.items()}
+    return _retried(tried, better, scores, trials, FIRST, stage, progress)
+
+
+def _decided(
+    found: Mapping[str, Search],
+    scores: Mapping[str, Callable[[Record, int], Score]],
+    trials: Trials,
+    seeds: Sequence[int],
+    stage: str,
+    progress: Progress,
+) -> dict[str, Search]:
+    """Try the best of a search on all seeds, where there are more than it had, and choose by them."""
+    if seeds == FIRST:
+        return dict(found)
+    tried = {name: search.tried for name, search in found.items()}
+    both = {name: [way for way, score in _ranked(few) if len(score) == len(FIRST)] for name, few in tried.items()}
+    finalists = {name: few[:FINALISTS] for name, few in both.items()}
+    return _retried(tried, finalists, scores, trials, seeds, stage, progress)
+
+
+def _retried(
+    tried: Mapping[str, list[tuple[Way, list[Score]]]],
+    again: Mapping[str, Sequence[Way]],
+    scores: Mapping[str, Callable[[Record, int], Score]],
+    trials: Trials,
+    seeds: Sequence[int],
+    stage: str,
+    progress: Progress,
+) -> dict[str, Search]:
+    """Some of what was tried, on all of the seeds, with the rest of it as it was."""
+    made = [(way, seed) for ways in again.values() for way in ways for seed in seeds]
+    trials.make(made, f"{trials.task.name}: {stage}", progress)
+    found = {}
+    for name, few in tried.items():
+        renewed = {way.shown: score for way, score in _tried(again[name], scores[name], trials, seeds)}
+        found[name] = _best_of([(way, renewed.get(way.shown, score)) for way, score in few])
+    return found
 
 
 def _tried(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import time
@@ -18,9 +17,9 @@ from koopt.live import evaluating, records, resuming, secants
 from koopt.live import momentum as moments
 from koopt.live.budget import ADVANCE, ENOUGH, MEAN, MOST, SNAPSHOT, TRIES, Costs, Schedule
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, displaced, roughness
-from koopt.live.guard import Surroundings, buffers_kept, measure, undisturbed
+from koopt.live.judging import Judge
 from koopt.live.jumps import TOLERANCE, Found, disagreement, follow, search
-from koopt.live.refreshing import refreshed, write_buffers
+from koopt.live.refreshing import write_buffers
 from koopt.live.skipping import moving, skipped
 from koopt.live.weights import Weights
 from koopt.live.window import BlockMeans, Snapshots, nbytes_of
@@ -72,8 +71,9 @@ class Live:
         ranks: Ranks | None,
     ) -> None:
         self._optimizer, self._model, self._settings = optimizer, model, settings
-        self._guard, self._refresh, self._ranks = guard, refresh, ranks
+        self._ranks = ranks
         self._weights = Weights(named, sharding.sharding_modules(model))
+        self._judge = Judge(optimizer, model, self._weights, guard, refresh, ranks)
         recorded, place = self._weights.parameters, (settings.dtype, settings.device)
         self._tail = Snapshots(recorded, settings.tail, *place) if settings.snapshots else None
         combine = settings.snapshots > settings.tail
@@ -91,9 +91,6 @@ class Live:
         self._choice = Choice()
         self._taste = evaluating.Taste()
         self._callbacks: list[Callable[[Jump], object]] = []
-        self._sound = False  # whether the guard has ever been finite
-        self._evaluations = 0  # in the attempt that goes on
-        self._surroundings: Surroundings | None = None  # at its start
         self.steps = 0
         self.jumps: list[Jump] = []
         self._hooks = [optimizer.register_step_post_hook(self._after)]
@@ -159,11 +156,7 @@ class Live:
         ...     validated = model(torch.ones(1, 1))
         """
         weights = self._forecast(steps)
-        with self._holding("forecast_weights()"), buffers_kept(self._model):
-            self._weights.write(weights)
-            if self._refresh is not None:
-                with undisturbed(self._model):
-                    distributed.together(self._refresh, self._ranks, "refresh")
+        with self._judge.shown(weights, "forecast_weights()"):
             yield
 
     def jump(self) -> Jump:
@@ -234,7 +227,7 @@ class Live:
         >>> koop.load_state_dict(koop.state_dict())
         """
         settings = resuming.compared(self._settings, self._weights.named)
-        state: dict[str, Any] = {"settings": settings, "steps": self.steps, "sound": self._sound}
+        state: dict[str, Any] = {"settings": settings, "steps": self.steps, "sound": self._judge.sound}
         state |= {name: getattr(self._schedule, name) for name in SCHEDULED}
         state |= {name: self._weights.named_state(part.state_dict()) for name, part in self._parts().items()}
         learnt = {name: part.state_dict() for name, part in self._learners().items()}
@@ -257,7 +250,7 @@ class Live:
             part.load_state_dict(state[name])
         for name in SCHEDULED:
             setattr(self._schedule, name, state[name])
-        self.steps, self._sound, self.jumps = state["steps"], state["sound"], jumps
+        self.steps, self._judge.sound, self.jumps = state["steps"], state["sound"], jumps
 
     def _learners(self) -> dict[str, Any]:
         return {"choice": self._choice, "taste": self._taste}
@@ -273,12 +266,6 @@ class Live:
         if KEY in state:
             self.load_state_dict(state[KEY])
         return {name: value for name, value in state.items() if name != KEY}
-
-    def _refuse(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        raise RuntimeError(
-            f"optimizer.step() within {self._weights.holder}: the weights are not the trained ones there; "
-            "step outside of it"
-        )
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._secants is not None and self._at_point(self.steps + 1):
@@ -372,14 +359,18 @@ class Live:
         self, attempt: Callable[[], tuple[Found, Mapping[str, Tensor]]], moved: Sequence[int] | None = None
     ) -> Jump:
         """Make an attempt, and move the weights if it is to be; the record of it."""
-        started, self._evaluations = time.perf_counter(), 0
+        started, judge, schedule = time.perf_counter(), self._judge, self._schedule
+        judge.evaluations = 0
         unlike = distributed.unlike(self.steps, self._weights.named.values(), self._ranks)
-        found, buffers = (Found(unlike), {}) if unlike else attempt()
+        try:
+            found, buffers = (Found(unlike), {}) if unlike else attempt()
+        finally:
+            schedule.spent += judge.evaluations * schedule.costs.candidate
         if found.weights is not None:
             self._move(found, buffers, moved)
             if self._means is not None:
                 self._means.clear()  # an average across a jump is of no use
-        return records.record(found, self.steps, self._evaluations, time.perf_counter() - started)
+        return records.record(found, self.steps, judge.evaluations, time.perf_counter() - started)
 
     def _tell(self, jump: Jump) -> Jump:
         """Keep the record of an attempt, and pass it on."""
@@ -393,7 +384,7 @@ class Live:
         """What is best, and with which buffers, where they were renewed; the weights are as before."""
         if len(snapshots) < FEWEST:
             return Found(f"too few snapshots: {len(snapshots)} recent steps are recorded, {FEWEST} are needed"), {}
-        extra = 1 if self._refresh is None else 2  # evaluations that try no candidate
+        extra = 1 if self._judge.refresh is None else 2  # evaluations that try no candidate
         if allowed <= extra:
             return Found(f"budget: max_overhead={self._settings.max_overhead:g} allows no candidate yet"), {}
         if self._settings.mode == "auto":
@@ -406,8 +397,8 @@ class Live:
         if not bool(proposer.path.isfinite().all()):
             return Found("the recorded weights hold NaN or Inf"), {}
         displacements, choice, count = displaced(snapshots), self._choice, allowed - extra
-        return self._judged(
-            lambda saved, before: search(proposer, displacements, choice, saved, before, count, self._measure)
+        return self._judge.best(
+            lambda saved, before: search(proposer, displacements, choice, saved, before, count, self._judge.loss)
         )
 
     def _attempt_along(self, held: secants.Secants) -> tuple[Found, Mapping[str, Tensor]]:
@@ -421,34 +412,12 @@ class Live:
 
         def searching(saved: Sequence[Tensor], before: float) -> Found:
             if asked:
-                off = disagreement(step, saved, self._measure, self._ranks)
+                off = disagreement(step, saved, self._judge.loss, self._ranks)
                 if not off <= TOLERANCE:
                     return Found(f"noise: the guard's slope is off that of the gradients by {off:.2g} of it", before)
-            return follow(step, saved, before, TRIES - 1, self._measure, self._ranks)
+            return follow(step, saved, before, TRIES - 1, self._judge.loss, self._ranks)
 
-        return self._judged(searching)
-
-    def _judged(self, searching: Callable[[Sequence[Tensor], float], Found]) -> tuple[Found, Mapping[str, Tensor]]:
-        """What a search finds by the guard, and is still better with its buffers renewed; the weights are as before."""
-        with self._guarding("a jump's guard") as saved:
-            before = self._measure(saved)
-            if not math.isfinite(before):
-                if not self._sound:
-                    raise ValueError(f"guard returned {before} at the weights as they are, expected a finite loss")
-                return Found(f"the guard is {before} at the weights as they are"), {}
-            self._sound = True
-            found = searching(saved, before)
-            if found.weights is None or self._refresh is None:
-                return found, {}
-            self._weights.write(found.weights)
-            with buffers_kept(self._model):
-                renew = functools.partial(refreshed, self._refresh, self._model)
-                buffers = distributed.together(renew, self._ranks, "refresh")
-                after = self._measure(found.weights)
-        found = found._replace(after=after)
-        if after < before:
-            return found, buffers
-        return found._replace(weights=None, reason="with its buffers refreshed the best candidate was not better"), {}
+        return self._judge.best(searching)
 
     def _move(self, found: Found, buffers: Mapping[str, Tensor], moved: Sequence[int] | None) -> None:
         assert found.weights is not None
@@ -477,40 +446,7 @@ class Live:
         self._weights.require_in(distributed.bare(self._model))
         window = self._tail if self._means is None else self._means
         assert window is not None
-        with self._guarding("a forecast's guard") as saved:
-            if steps is None and self._guard is not None:
-                return evaluating.by_guard(window, saved, self._loss_at, self._taste, self.steps, self._ranks)
+        with self._judge.sitting("a forecast's guard") as saved:
+            if steps is None and self._judge.guard is not None:
+                return evaluating.by_guard(window, saved, self._judge.loss, self._taste, self.steps, self._ranks)
             return evaluating.by_rule(window, steps, saved, self._ranks)
-
-    def _measure(self, weights: Sequence[Tensor]) -> float:
-        """The guard's loss at weights, counted."""
-        self._evaluations += 1
-        self._schedule.spent += self._schedule.costs.candidate
-        return self._loss_at(weights)
-
-    def _loss_at(self, weights: Sequence[Tensor]) -> float:
-        assert self._guard is not None
-        self._weights.write(weights)
-        measured = functools.partial(measure, self._guard, self._model, self._surroundings)
-        return distributed.mean_of(measured, self._ranks, "guard")
-
-    @contextlib.contextmanager
-    def _guarding(self, who: str) -> Iterator[list[Tensor]]:
-        """The weights are held, and all evaluations within have the same surroundings, which are looked at once."""
-        with self._holding(who) as saved:
-            self._surroundings = Surroundings.of(self._model)
-            try:
-                yield saved
-            finally:
-                self._surroundings = None
-
-    @contextlib.contextmanager
-    def _holding(self, who: str) -> Iterator[list[Tensor]]:
-        """The weights may be changed within, and the optimizer refuses to step."""
-        # only here, since each hook costs something at each step
-        refusing = self._optimizer.register_step_pre_hook(self._refuse)
-        try:
-            with self._weights.holding(who) as saved:
-                yield saved
-        finally:
-            refusing.remove()

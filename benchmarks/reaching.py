@@ -1,0 +1,33 @@
+"""What several runs need to reach losses, in one number a loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from koopt.bench import statistics
+from koopt.bench.protocol import MISSED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from koopt.bench.run import Curve
+
+
+def mean_shares(
+    curves: Sequence[Curve], losses: Sequence[Sequence[float]], budget: float, measure: str = "steps"
+) -> np.ndarray:
+    """The geometric mean over runs of the share of the budget to each loss; one that is missed counts `MISSED`.
+
+    Args:
+        curves: of the runs.
+        losses: to be reached, by run.
+        budget: in units of the measure.
+        measure: "steps" or "cost".
+    """
+    rows = [
+        [statistics.crossing(getattr(curve, measure), curve.loss, loss) / budget for loss in aims]
+        for curve, aims in zip(curves, losses, strict=True)
+    ]
+    return np.exp(np.log(np.where(np.isfinite(rows), rows, MISSED)).mean(axis=0))
