@@ -60,7 +60,8 @@ def attach(
         guard: called without arguments, returns the loss at the model's current weights as a float or a 0-d tensor. In
             noisy training it should use a batch that is held out.
         mode: "jump": weights are moved in place; "forecast": training is not touched; "auto": jumps where a guard is
-            given and the last steps are smooth, "forecast" without a guard.
+            given, the last steps are smooth and the optimizer is none that preconditions with matrices, as SOAP does;
+            "forecast" without a guard.
         window: even, the largest number of block means that forecasts are made from.
         cycle: optimizer steps between attempts to jump; three times as many after each that fails, up to 32
             cycles, twice as many after each look that finds noise, up to 16.

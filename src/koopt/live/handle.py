@@ -19,6 +19,7 @@ from koopt.live.budget import ADVANCE, ENOUGH, MEAN, MOST, SNAPSHOT, TRIES, Cost
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, displaced, roughness
 from koopt.live.judging import Judge
 from koopt.live.jumps import TOLERANCE, Found, disagreement, follow, search
+from koopt.live.preconditioning import by_matrices
 from koopt.live.refreshing import write_buffers
 from koopt.live.skipping import moving, skipped
 from koopt.live.weights import Weights
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 KEY = "koopt"  # in the optimizer's own state dict, where asked for
 ALWAYS = 4  # steps along secants before each of which it is asked whether gradients are noise
+PRECONDITIONED = 'preconditioner: the optimizer holds matrices, and jumps do it harm; mode="jump" jumps all the same'
 RECORDED = 8  # points before a step along secants, where they are not tried again and again
 SCHEDULED = ("due", "wait", "began", "noisy", "spent", "following", "vain", "proven", "tries")
 log = logging.getLogger("koopt")
@@ -388,6 +390,8 @@ class Live:
         if allowed <= extra:
             return Found(f"budget: max_overhead={self._settings.max_overhead:g} allows no candidate yet"), {}
         if self._settings.mode == "auto":
+            if by_matrices(self._optimizer, self._ranks):
+                return Found(PRECONDITIONED), {}
             rough = roughness(snapshots, self._ranks)
             if rough > NOISE:
                 self._schedule.look_again(self.steps)
@@ -402,6 +406,8 @@ class Live:
         )
 
     def _attempt_along(self, held: secants.Secants) -> tuple[Found, Mapping[str, Tensor]]:
+        if self._settings.mode == "auto" and by_matrices(self._optimizer, self._ranks):
+            return Found(PRECONDITIONED), {}
         self._schedule.spent += self._schedule.costs.secants
         step = secants.newton(held, secants.adaptive(self._optimizer, list(self._weights.named.values())), self._ranks)
         if step is None:
