@@ -100,7 +100,7 @@ def test_an_error_while_buffers_are_renewed_restores_everything(error):
         normed.task.loss().backward()  # moves the statistics
         raise error
 
-    normed.koop._refresh = refresh
+    normed.koop._judge.refresh = refresh
     plain.run(steps=12)
     with pytest.raises(error):
         normed.task.run(steps=12)
