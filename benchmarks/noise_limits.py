@@ -2,9 +2,9 @@
 
     python benchmarks/noise_limits.py
 
-AdamW at a constant rate. The block means that `koopt.forecast()` is made of span a few directions in which the weights
-have moved; in these the lowest loss is searched by L-BFGS: on the validation set itself, which no method may do and
-none that combines these means can beat; or on what a method may use, the guard's 500 examples or 4,000 of training.
+AdamW at a constant rate. Along the principal directions of the block means that `koopt.forecast()` is made of, the
+lowest loss is searched by L-BFGS: on the validation set itself, which no method may do, so that it tells about how far
+any that combines these means could get; or on what a method may use, the guard's 500 examples or 4,000 of training.
 "In place": the same every 75 steps with the means since the last time, and the weights are moved all the way there,
 half of it, or not at all. Printed are the steps until these weights reach the losses of AdamW with a cosine schedule at
 its tuned rate at 50, 75 and 100 % of its steps, as a share of these (geometric mean over seeds; a loss that is missed
