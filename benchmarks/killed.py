@@ -90,7 +90,9 @@ def main() -> None:
     torch.set_num_threads(1)
     moments = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as made:
-        path = (arguments.folder or Path(made)) / "checkpoint.pt"
+        folder = arguments.folder or Path(made)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "checkpoint.pt"
         reference, same = Run(), 0
         reference_random = torch.get_rng_state()
         pause = 0.08
