@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
 def examples(split: str) -> tuple[Tensor, Tensor]:
     mnist = data.mnist()
     training, guard, validation = digits.splits(len(mnist.train_labels))

@@ -140,7 +140,7 @@ def conduct(
     seeds = tuning_seeds(settings.quick)
     first = {BASELINE: final}
     found = _narrowed({BASELINE: grids[BASELINE]}, first, trials, "baseline", progress)
-    found = _decided(found, first, trials, seeds, "baseline, other seeds", progress)
+    found = _retried(found, _finalists(found), first, trials, seeds, "baseline, other seeds", progress)
     tuned = found[BASELINE].chosen
     if tuned is None:
         return Outcome(task, [], found, {}, {}, trials.failed, trials.outdated)
@@ -161,7 +161,7 @@ def conduct(
     trials.make([(way, TUNING[0]) for ways in further.values() for way in ways], f"{task.name}: options", progress)
     for name, search in _narrowed(further, scores, trials, "options, second seed", progress).items():
         others[name] = _best_of(others[name].tried + search.tried)
-    found |= _decided(others, scores, trials, seeds, "other seeds", progress)
+    found |= _retried(others, _finalists(others), scores, trials, seeds, "other seeds", progress)
 
     chosen = {name: search.chosen for name, search in found.items() if search.chosen is not None}
     alone = {name: without for name, way in chosen.items() if (without := _without(way, methods, task)) is not None}
@@ -236,30 +236,25 @@ def _narrowed(
     progress: Progress,
 ) -> dict[str, Search]:
     """Try the best third by the first tuning seed on the second, and choose by both."""
-    tried = {name: _tried(ways[name], scores[name], trials, FIRST[:1]) for name in ways}
-    better = {name: [way for way, _ in _ranked(few)[: -(-len(few) // KEPT)]] for name, few in tried.items()}
-    return _retried(tried, better, scores, trials, FIRST, stage, progress)
+    found = {name: _best_of(_tried(ways[name], scores[name], trials, FIRST[:1])) for name in ways}
+    better = {
+        name: [way for way, _ in _ranked(search.tried)[: -(-len(search.tried) // KEPT)]]
+        for name, search in found.items()
+    }
+    return _retried(found, better, scores, trials, FIRST, stage, progress)
 
 
-def _decided(
-    found: Mapping[str, Search],
-    scores: Mapping[str, Callable[[Record, int], Score]],
-    trials: Trials,
-    seeds: Sequence[int],
-    stage: str,
-    progress: Progress,
-) -> dict[str, Search]:
-    """Try the best of a search on all seeds, where there are more than it had, and choose by them."""
-    if seeds == FIRST:
-        return dict(found)
-    tried = {name: search.tried for name, search in found.items()}
-    both = {name: [way for way, score in _ranked(few) if len(score) == len(FIRST)] for name, few in tried.items()}
-    finalists = {name: few[:FINALISTS] for name, few in both.items()}
-    return _retried(tried, finalists, scores, trials, seeds, stage, progress)
+def _finalists(found: Mapping[str, Search]) -> dict[str, list[Way]]:
+    """The best of those that were tried on both first seeds."""
+    both = {
+        name: [way for way, score in _ranked(search.tried) if len(score) == len(FIRST)]
+        for name, search in found.items()
+    }
+    return {name: ways[:FINALISTS] for name, ways in both.items()}
 
 
 def _retried(
-    tried: Mapping[str, list[tuple[Way, list[Score]]]],
+    found: Mapping[str, Search],
     again: Mapping[str, Sequence[Way]],
     scores: Mapping[str, Callable[[Record, int], Score]],
     trials: Trials,
@@ -267,14 +262,14 @@ def _retried(
     stage: str,
     progress: Progress,
 ) -> dict[str, Search]:
-    """Some of what was tried, on all of the seeds, with the rest of it as it was."""
+    """Some of what was tried, on all of the seeds, with the rest of it as it was, and the choice by both."""
     made = [(way, seed) for ways in again.values() for way in ways for seed in seeds]
     trials.make(made, f"{trials.task.name}: {stage}", progress)
-    found = {}
-    for name, few in tried.items():
+    chosen = {}
+    for name, search in found.items():
         renewed = {way.shown: score for way, score in _tried(again[name], scores[name], trials, seeds)}
-        found[name] = _best_of([(way, renewed.get(way.shown, score)) for way, score in few])
-    return found
+        chosen[name] = _best_of([(way, renewed.get(way.shown, score)) for way, score in search.tried])
+    return chosen
 
 
 def _tried(

@@ -363,9 +363,11 @@ class Live:
         """Make an attempt, and move the weights if it is to be; the record of it."""
         started, judge, schedule = time.perf_counter(), self._judge, self._schedule
         judge.evaluations = 0
-        unlike = distributed.unlike(self.steps, self._weights.named.values(), self._ranks)
+        against = distributed.unlike(self.steps, self._weights.named.values(), self._ranks)
+        if not against and self._settings.mode == "auto" and by_matrices(self._optimizer, self._ranks):
+            against = PRECONDITIONED
         try:
-            found, buffers = (Found(unlike), {}) if unlike else attempt()
+            found, buffers = (Found(against), {}) if against else attempt()
         finally:
             schedule.spent += judge.evaluations * schedule.costs.candidate
         if found.weights is not None:
@@ -390,8 +392,6 @@ class Live:
         if allowed <= extra:
             return Found(f"budget: max_overhead={self._settings.max_overhead:g} allows no candidate yet"), {}
         if self._settings.mode == "auto":
-            if by_matrices(self._optimizer, self._ranks):
-                return Found(PRECONDITIONED), {}
             rough = roughness(snapshots, self._ranks)
             if rough > NOISE:
                 self._schedule.look_again(self.steps)
@@ -406,8 +406,6 @@ class Live:
         )
 
     def _attempt_along(self, held: secants.Secants) -> tuple[Found, Mapping[str, Tensor]]:
-        if self._settings.mode == "auto" and by_matrices(self._optimizer, self._ranks):
-            return Found(PRECONDITIONED), {}
         self._schedule.spent += self._schedule.costs.secants
         step = secants.newton(held, secants.adaptive(self._optimizer, list(self._weights.named.values())), self._ranks)
         if step is None:
