@@ -8,7 +8,8 @@ any that combines these means could get; or on what a method may use, the guard'
 "In place": the same every 75 steps with the means since the last time, and the weights are moved all the way there,
 half of it, or not at all. Printed are the steps until these weights reach the losses of AdamW with a cosine schedule at
 its tuned rate at 50, 75 and 100 % of its steps, as a share of these (geometric mean over seeds; a loss that is missed
-counts 1.5), and the final loss.
+counts 1.5), and the final loss. Schedule-Free, at the setting that its search chose, is the best optimizer of the first
+two targets; the same is asked of its own weights.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.func import functional_call
 
 import koopt
 from koopt.bench.method import Trainer
-from koopt.bench.methods.training import searched, start_plain, weights_of, write
+from koopt.bench.methods.training import searched, start_plain, start_schedule_free, weights_of, write
 from koopt.bench.protocol import losses_at_shares
 from koopt.bench.run import run
 from koopt.bench.tasks import TASKS, digits, making
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from koopt.bench.task import Problem
 
 RATES = {"mnist-mlp": 2e-3, "mnist-cnn": 8e-3}
+FREE = {"mnist-mlp": 4e-3, "mnist-cnn": 16e-3}  # rates of Schedule-Free
 WINDOW = 56  # block means, as koopt.attach has it
 LOOKS = 20  # at the validation loss: a search takes a second
 EVERY = 75  # steps from one move in place to the next
@@ -57,6 +59,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "every 75 steps, by validation, not moved": {"by": "validation", "rank": 12, "moved": 0.0},
     "every 75 steps, by validation, moved by half": {"by": "validation", "rank": 12, "moved": 0.5},
     "every 75 steps, by validation, moved there": {"by": "validation", "rank": 12, "moved": 1.0},
+    "Schedule-Free": {"free": True},
+    "best of 12 of its directions, by validation": {"free": True, "by": "validation", "rank": 12},
 }
 
 
@@ -93,13 +97,16 @@ def best_in_span(model: nn.Module, rows: Tensor, rank: int, split: str) -> list[
 
 
 def started(problem: Problem, setting: Mapping[str, Any], steps: int) -> Run:
-    found = start_plain(problem, setting, steps)
+    free = "free" in setting
+    found = (start_schedule_free if free else start_plain)(problem, setting, steps)
+    if free and "by" not in setting:
+        return found
     if "by" not in setting:
         found.swapped = koopt.attach(found.optimizer, problem.model, mode="forecast").forecast_weights
         return found
     parameters, moved, best = weights_of(problem.model), setting.get("moved"), list[Any]()
     means = BlockMeans(parameters, WINDOW, torch.float32, torch.device("cpu"))
-    taken = 0
+    taken, own = 0, found.swapped
 
     def after() -> None:
         nonlocal taken, best
@@ -113,12 +120,13 @@ def started(problem: Problem, setting: Mapping[str, Any], steps: int) -> Run:
     @contextlib.contextmanager
     def swapped() -> Iterator[None]:
         rows = means.with_open()
-        if moved is None and len(rows):
-            write(parameters, best_in_span(problem.model, rows, setting["rank"], setting["by"]))
-        elif best:
-            write(parameters, best)
-        problem.model.zero_grad()
-        yield
+        with own():
+            if moved is None and len(rows):
+                write(parameters, best_in_span(problem.model, rows, setting["rank"], setting["by"]))
+            elif best:
+                write(parameters, best)
+            problem.model.zero_grad()
+            yield
 
     found.after, found.swapped = after, swapped
     return found
@@ -136,6 +144,8 @@ def main() -> None:
         aims = [losses_at_shares(run(task, plain, tuned, seed)[0], task) for seed in arguments.seeds]
         for title, way in WAYS.items():
             own = rate | {"schedule": "constant"} | way
+            if "free" in way:
+                own |= {"rate": FREE[name], "warmup": 0.05, "decay": 0.01}
             curves = [run(task, searching, own, seed)[0].curve for seed in arguments.seeds]
             means = mean_shares(curves, aims, task.steps)
             final = sum(float(curve.loss[-1]) for curve in curves) / len(curves)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,10 +12,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+EVERY = 30.0  # seconds between the lines of a stage where there is no terminal
+
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """Bars of what is done of so many, with an ETA, one a stage; nothing is shown before the first.
+
+    In a file or a pipe there is a line of each every half minute, and one of how far it came.
 
     >>> with progress() as progress:
     ...     pass
@@ -55,19 +60,30 @@ def progress_in_bytes() -> Iterator[Callable[[str, int, int], None]]:
 @contextlib.contextmanager
 def _shown(bars: Progress) -> Iterator[Callable[[str, int, int], None]]:
     tasks: dict[str, Any] = {}
+    said: dict[str, float] = {}  # when a stage last had a line
+    live = bars.console.is_terminal
+
+    def say(stage: str) -> None:
+        said[stage] = time.monotonic()
+        bars.console.print(bars.make_tasks_table([bars.tasks[tasks[stage]]]))
 
     def tell(stage: str, done: int, total: int) -> None:
-        if not tasks:
+        if not tasks and live:
             bars.start()
         if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total)
+            tasks[stage], said[stage] = bars.add_task(stage, total=total), time.monotonic()
         bars.update(tasks[stage], completed=min(done, total))
+        if not live and not bars.disable and time.monotonic() - said[stage] >= EVERY:
+            say(stage)
 
     try:
         yield tell
     finally:
-        if tasks:
+        if tasks and live:
             bars.stop()
+        elif not bars.disable:
+            for stage in tasks:
+                say(stage)
 
 
 def wide_console() -> Console:
