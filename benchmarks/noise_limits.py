@@ -60,7 +60,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "every 75 steps, by validation, moved by half": {"by": "validation", "rank": 12, "moved": 0.5},
     "every 75 steps, by validation, moved there": {"by": "validation", "rank": 12, "moved": 1.0},
     "Schedule-Free": {"free": True},
-    "best of 12 of its directions, by validation": {"free": True, "by": "validation", "rank": 12},
+    "Schedule-Free, best of 12 directions, by validation": {"free": True, "by": "validation", "rank": 12},
 }
 
 
@@ -136,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[3000, 3001, 3002, 3003])
+    parser.add_argument("--only", default="", help="ways with this in their names")
     arguments = parser.parse_args()
     for name in arguments.tasks:
         task, rate = replace(TASKS[name], looks=LOOKS), {"optimizer": "adamw", "rate": RATES[name]}
@@ -143,13 +144,15 @@ def main() -> None:
         tuned = rate | {"schedule": "cosine"}
         aims = [losses_at_shares(run(task, plain, tuned, seed)[0], task) for seed in arguments.seeds]
         for title, way in WAYS.items():
+            if arguments.only not in title:
+                continue
             own = rate | {"schedule": "constant"} | way
             if "free" in way:
                 own |= {"rate": FREE[name], "warmup": 0.05, "decay": 0.01}
             curves = [run(task, searching, own, seed)[0].curve for seed in arguments.seeds]
             means = mean_shares(curves, aims, task.steps)
             final = sum(float(curve.loss[-1]) for curve in curves) / len(curves)
-            print(f"{name:9s}  {title:45s} {' '.join(f'{mean:.2f}' for mean in means)}  {final:.4f}", flush=True)
+            print(f"{name:9s}  {title:50s} {' '.join(f'{mean:.2f}' for mean in means)}  {final:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+HASHED = 2**20  # numbers hashed at a time
+GOLDEN, MIXING = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9  # odd
 MESSAGE = 256  # bytes of an error that others are told
 
 
@@ -243,17 +245,28 @@ def _messages(error: Exception | None, ranks: Ranks) -> list[str]:
 
 
 def fingerprint(parameters: Iterable[Tensor]) -> int:
-    """A number that differs if bits of the parameters do; those that are sharded are left out.
+    """A number that differs if bits of the parameters do, or their places; those that are sharded are left out.
 
     >>> fingerprint([torch.zeros(2)]) == fingerprint([torch.zeros(2)]) != fingerprint([torch.ones(2)])
     True
     """
-    whole = [parameter.detach() for parameter in parameters if not is_sharded(parameter)]
-    bits = [tensor.reshape(-1).view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64).cpu() for tensor in whole]
-    total = 0
-    for part in bits:
-        total = (31 * total + int(part)) % 2**62
-    return total
+    sums, start = list[Any](), 0
+    for parameter in parameters:
+        if not is_sharded(parameter):
+            bits = parameter.detach().reshape(-1).view(INTEGERS[parameter.element_size()])
+            for piece in bits.split(HASHED):
+                sums.append(_hashed(piece, start))
+                start += len(piece)
+    # one transfer in all
+    return int(torch.stack([part.to(sums[0].device) for part in sums]).sum()) % 2**62 if sums else 0
+
+
+def _hashed(bits: Tensor, start: int) -> Tensor:
+    """The sum of a hash of each number with its place: in a plain sum opposite changes would cancel."""
+    places = torch.arange(start, start + len(bits), device=bits.device)
+    mixed = places.mul_(GOLDEN).add_(bits).mul_(MIXING)
+    mixed ^= mixed >> 32
+    return mixed.mul_(GOLDEN).sum()
 
 
 @torch.no_grad()

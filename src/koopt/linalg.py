@@ -145,6 +145,21 @@ def inner(
     return total
 
 
+def inner_of_rows(
+    left: Float[Tensor, "*batch state"], right: Float[Tensor, "*batch state"]
+) -> Float[Tensor, " *batch"]:
+    """The inner product of each pair of rows, accumulated in float64, chunk by chunk.
+
+    >>> inner_of_rows(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 1.0]]))
+    tensor([7.], dtype=torch.float64)
+    """
+    width = _width(left)
+    total = torch.zeros(left.shape[:-1], dtype=torch.float64, device=left.device)
+    for piece, part in zip(_pieces(left, width), _pieces(right, width), strict=True):
+        total += torch.einsum("...i,...i->...", piece, part)
+    return total
+
+
 def _width(rows: Tensor) -> int:
     """Columns of a piece that is only multiplied: where there are many, few enough for a processor's cache."""
     if rows.is_cuda or rows.shape[-1] <= MANY:

@@ -38,8 +38,6 @@ def norm(vector: Float[Tensor, " state"], ranks: Ranks | None) -> float:
     >>> norm(torch.tensor([3.0, 4.0]), None)
     5.0
     """
-    if ranks is None:
-        return vector.to(torch.float64).norm().item()
     return gram(vector[None], ranks).sqrt().item()
 
 
@@ -52,18 +50,18 @@ def inner(
     tensor([7.], dtype=torch.float64)
     """
     if ranks is None:
-        return torch.einsum("ij,ij->i", left, right).cpu().to(torch.float64)
-    own = [torch.einsum("ij,ij->i", left[:, part], right[:, part]) for part in ranks.owned]
-    return all_reduce(torch.stack(own).sum(dim=0).cpu().to(torch.float64), ranks)
+        return linalg.inner_of_rows(left, right).cpu()
+    own = [linalg.inner_of_rows(left[:, part], right[:, part]) for part in ranks.owned]
+    return all_reduce(torch.stack(own).sum(dim=0).cpu(), ranks)
 
 
 def dot(left: Float[Tensor, " state"], right: Float[Tensor, " state"], ranks: Ranks | None) -> float:
-    """The inner product of two vectors, over all processes.
+    """The inner product of two vectors, over all processes, in float64.
 
     >>> dot(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 1.0]), None)
     7.0
     """
-    return left.dot(right).item() if ranks is None else inner(left[None], right[None], ranks).item()
+    return inner(left[None], right[None], ranks).item()
 
 
 def triangular_factor(rows: Float[Tensor, "time state"], ranks: Ranks | None) -> Float[Tensor, "time rank"]:

@@ -163,7 +163,7 @@ def forecast_checkpoints(
     (50.0, {'weight': tensor([0.5000])})
     """
     rule = rules.Rule(method, ahead, options)
-    rules.check(rule, len(paths) - bool(holdout))
+    rules.check(rule, len(paths), holdout)
     plan = plan_of(paths, by, steps, include, exclude)
     require_grid(plan, rule, holdout)
     place = None if output is None else Path(output)

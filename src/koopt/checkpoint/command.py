@@ -143,7 +143,7 @@ def run_forecast(given: argparse.Namespace) -> int:
 def dry_run(given: argparse.Namespace, options: dict[str, Any]) -> str:
     """What a forecast would read, write and hold."""
     rule = rules.Rule(given.method, given.ahead, options)
-    rules.check(rule, len(given.checkpoints) - given.holdout)
+    rules.check(rule, len(given.checkpoints), given.holdout)
     plan = checkpoint.plan_of(given.checkpoints, given.by, **_chosen(given))
     checkpoint.require_grid(plan, rule, given.holdout)
     if given.output is not None:

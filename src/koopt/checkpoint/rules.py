@@ -28,7 +28,7 @@ TIMELESS = ("last", "mean", "ema", "anderson")  # do not look at them
 SAFE = ("last", "mean", "ema")  # averages: rounding does not grow
 SEEN = 4.0  # motion of so many roundings is told from rounding
 MODEST = 2  # rank where as many directions as pairs of checkpoints are visible: all of them would fit anything
-LEAST = {"koopman": 2, "line": 2, "anderson": 2, "ensemble": 4}
+LEAST = {"ensemble": 4}  # checkpoints; of others, two
 PEERS = {"last": {}, "mean": {}, "line": {}}  # what every forecast is set beside
 
 
@@ -65,8 +65,8 @@ class Outcome(NamedTuple):
     motion: Tensor
 
 
-def check(rule: Rule, snapshots: int) -> None:
-    """Refuse what no checkpoint would make right: unknown methods and options, too few snapshots."""
+def check(rule: Rule, checkpoints: int, holdout: bool) -> None:
+    """Refuse what no checkpoint would make right: unknown methods and options, too few of them."""
     if rule.method not in METHODS:
         raise ValueError(f"method is {rule.method!r}, expected one of {', '.join(METHODS)}")
     allowed = options_of(rule.method)
@@ -79,10 +79,11 @@ def check(rule: Rule, snapshots: int) -> None:
         raise ValueError(f"ahead is {rule.ahead!r}, expected optimizer steps >= 0 after the last checkpoint, or inf")
     if math.isinf(rule.ahead) and rule.method in (*TIMED, "dema"):
         raise ValueError(f"ahead is inf, but {rule.method} has no limit; give a number of steps")
-    least = LEAST.get(rule.method, 1) + bool(rule.options.get("difference"))
-    if snapshots < least:
-        raise ValueError(f"{rule.method} needs at least {least} checkpoints, got {snapshots}; give more")
-    METHODS[rule.method](torch.arange(float(snapshots)).unsqueeze(1), 1, **rule.options)  # refuses options out of range
+    least, fitted = LEAST.get(rule.method, 2) + bool(rule.options.get("difference")), checkpoints - holdout
+    if fitted < least:
+        more = " and one held out" if holdout else ""
+        raise ValueError(f"{rule.method} needs at least {least} checkpoints{more}, got {checkpoints}; give more")
+    METHODS[rule.method](torch.arange(float(fitted)).unsqueeze(1), 1, **rule.options)  # refuses options out of range
 
 
 def options_of(method: str) -> tuple[str, ...]:

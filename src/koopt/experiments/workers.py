@@ -49,7 +49,8 @@ def run_all(
     context = multiprocessing.get_context("spawn")
     news, stop = context.Queue(), context.RawValue("b", 0)  # without a lock that a killed worker could hold
     others = set(multiprocessing.active_children())
-    room = max(1, (free_memory(torch.device("cpu")) or math.inf) // nbytes)
+    free = free_memory(torch.device("cpu"))
+    room = math.inf if free is None else max(1, free // nbytes)
     workers = int(min(len(tasks), os.cpu_count() or 1, room))
     with system.interrupts() as interrupts, ProcessPoolExecutor(workers, context, _start_worker, (news, stop)) as pool:
         with system.interrupts(ignored=True):  # by the workers as well, which inherit it: they are told through `stop`

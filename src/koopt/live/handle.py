@@ -93,6 +93,7 @@ class Live:
         self._choice = Choice()
         self._taste = evaluating.Taste()
         self._callbacks: list[Callable[[Jump], object]] = []
+        self._loading: Mapping[str, Any] | None = None  # koopt's part of a state that the optimizer is taking over
         self.steps = 0
         self.jumps: list[Jump] = []
         self._hooks = [optimizer.register_step_post_hook(self._after)]
@@ -101,6 +102,7 @@ class Live:
         if with_optimizer:
             self._hooks.append(optimizer.register_state_dict_post_hook(self._into))
             self._hooks.append(optimizer.register_load_state_dict_pre_hook(self._out_of))
+            self._hooks.append(optimizer.register_load_state_dict_post_hook(self._loaded))
         _attached.add(optimizer)
 
     @property
@@ -228,12 +230,8 @@ class Live:
         >>> koop = koopt.attach(torch.optim.SGD(model.parameters(), lr=0.1), model)
         >>> koop.load_state_dict(koop.state_dict())
         """
-        settings = resuming.compared(self._settings, self._weights.named)
-        state: dict[str, Any] = {"settings": settings, "steps": self.steps, "sound": self._judge.sound}
-        state |= {name: getattr(self._schedule, name) for name in SCHEDULED}
-        state |= {name: self._weights.named_state(part.state_dict()) for name, part in self._parts().items()}
-        learnt = {name: part.state_dict() for name, part in self._learners().items()}
-        return state | learnt | {"jumps": records.as_text(self.jumps)}
+        recorded = {name: part.state_dict() for name, part in self._parts().items()}
+        return self._with_recorded(recorded) | {"jumps": records.as_text(self.jumps)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`; refused, with nothing changed, if it belongs to another setting or model.
@@ -244,8 +242,7 @@ class Live:
         Raises:
             ValueError: naming the setting that differs, or what is missing or malformed.
         """
-        resuming.require_fits(state, self.state_dict())
-        jumps = records.from_text(state["jumps"])
+        jumps = self._require_fits(state)
         for name, part in self._parts().items():
             part.load_state_dict(self._weights.flat_state(state[name]))
         for name, part in self._learners().items():
@@ -253,6 +250,20 @@ class Live:
         for name in SCHEDULED:
             setattr(self._schedule, name, state[name])
         self.steps, self._judge.sound, self.jumps = state["steps"], state["sound"], jumps
+
+    def _require_fits(self, state: Mapping[str, Any]) -> list[Jump]:
+        """Refuse a state that is not of such a run; returns its jumps."""
+        recorded = {name: resuming.without_values(part.state_dict()) for name, part in self._parts().items()}
+        resuming.require_fits(state, self._with_recorded(recorded) | {"jumps": ""})
+        return records.from_text(state["jumps"])
+
+    def _with_recorded(self, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The state but for the jumps, with this for what is recorded."""
+        settings = resuming.compared(self._settings, self._weights.named)
+        state: dict[str, Any] = {"settings": settings, "steps": self.steps, "sound": self._judge.sound}
+        state |= {name: getattr(self._schedule, name) for name in SCHEDULED}
+        state |= {name: self._weights.named_state(part) for name, part in recorded.items()}
+        return state | {name: part.state_dict() for name, part in self._learners().items()}
 
     def _learners(self) -> dict[str, Any]:
         return {"choice": self._choice, "taste": self._taste}
@@ -265,9 +276,15 @@ class Live:
         return state | {KEY: self.state_dict()}
 
     def _out_of(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        if KEY in state:
-            self.load_state_dict(state[KEY])
+        self._loading = state.get(KEY)
+        if self._loading is not None:
+            self._require_fits(self._loading)
         return {name: value for name, value in state.items() if name != KEY}
+
+    def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._loading is not None:  # not before the optimizer has taken its own
+            self.load_state_dict(self._loading)
+            self._loading = None
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._secants is not None and self._at_point(self.steps + 1):

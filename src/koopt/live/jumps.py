@@ -93,7 +93,7 @@ def search(
         """Whether a family does better at this horizon than it did so far; without weights, or at NaN, it does not."""
         nonlocal best, left
         if math.isfinite(horizon):
-            horizon = round(horizon * (proposer.time - 1)) / (proposer.time - 1)  # whole steps
+            horizon = max(1, round(horizon * (proposer.time - 1))) / (proposer.time - 1)  # whole steps
         candidate, loss = FAMILIES[index]._replace(horizon=horizon), math.inf
         coefficients = proposer.coefficients(candidate)
         weights = None if coefficients is None else moved(saved, displacements, coefficients, proposer.ranks)

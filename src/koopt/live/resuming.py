@@ -25,6 +25,15 @@ def compared(settings: Settings, named: Mapping[str, Tensor]) -> dict[str, Any]:
     return own | {"combine": settings.momentum == "combine", "shapes": shapes}
 
 
+def without_values(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with tensors that have shapes and dtypes, and take no memory.
+
+    >>> without_values({"rows": torch.zeros(2), "taken": 1})
+    {'rows': tensor(..., device='meta', size=(2,)), 'taken': 1}
+    """
+    return {name: one.to("meta") if isinstance(one, torch.Tensor) else one for name, one in state.items()}
+
+
 def require_fits(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Refuse a state unless it has the settings and the structure of the run's own.
 

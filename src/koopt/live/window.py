@@ -135,8 +135,17 @@ class BlockMeans:
 
     @property
     def age(self) -> float:
-        """Steps since the middle of the last mean."""
-        return self.open + (self.block - self.stride) / 2
+        """Steps since the middle of the last mean.
+
+        >>> means = BlockMeans([torch.tensor([1.0])], 4, torch.float32, torch.device("cpu"))
+        >>> for value in range(32):
+        ...     means.add([torch.tensor([float(value)])])
+        >>> means.ordered()[-1].item(), means.age
+        (24.0, 7.0)
+        """
+        merged = self.block > 1 and 2 * self.held == len(self.rows)  # of the blocks before, with their stride
+        stride = max(1, self.block // 2 // SAMPLES) if merged else self.stride
+        return self.open + (self.block - stride) / 2
 
     @property
     def nbytes(self) -> int:

@@ -82,7 +82,7 @@ def _start(
 
 
 class Jumping:
-    """Moves the weights at the end of a cycle, if that lowers the guard; after a failure it waits twice as long.
+    """Moves the weights at the end of a cycle, if that lowers the guard; after a failure it waits three times as long.
 
     Args:
         model: whose weights are moved.
