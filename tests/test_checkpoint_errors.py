@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import koopt
 from koopt import cli
 from koopt.checkpoint import writing
+from koopt.forecasters import METHODS
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -190,8 +191,9 @@ def test_the_format_before_zip(tmp_path, capsys):
 def test_one_checkpoint_is_not_enough(paths, tmp_path, capsys):
     line = refused(capsys, tmp_path, "forecast", paths[0], "--ahead", 5, "-o", tmp_path / "out.safetensors")
     assert "koopman needs at least 2 checkpoints, got 1" in line
-    line = refused(capsys, tmp_path, "forecast", *paths[:2], "--ahead", 5, "--holdout")
-    assert "koopman needs at least 2 checkpoints, got 1" in line
+    for method in METHODS:
+        line = refused(capsys, tmp_path, "forecast", *paths[:2], "--ahead", 5, "--holdout", "--method", method)
+        assert f"{method} needs at least {4 if method == 'ensemble' else 2} checkpoints and one held out, got 2" in line
 
 
 def test_where_to_is_asked_for(paths, tmp_path, capsys):

@@ -65,7 +65,7 @@ class Outcome(NamedTuple):
     motion: Tensor
 
 
-def check(rule: Rule, checkpoints: int, holdout: bool) -> None:
+def check(rule: Rule, checkpoints: int, holdout: bool = False) -> None:
     """Refuse what no checkpoint would make right: unknown methods and options, too few of them."""
     if rule.method not in METHODS:
         raise ValueError(f"method is {rule.method!r}, expected one of {', '.join(METHODS)}")
