@@ -32,6 +32,15 @@ FILLING = 2**26  # numbers of a piece on a CUDA device: half a GiB
 BATCHED = 32  # rows and columns up to which CUDA decomposes many matrices at once; beyond it takes them one by one
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether none is NaN or Inf: by the sum, which is quick, and where that overflows one by one.
+
+    >>> all_finite(torch.tensor([1.0, 3e38, 3e38])), all_finite(torch.tensor([float("inf")]))
+    (True, False)
+    """
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def triangular_factor(
     rows: Float[Tensor, "*batch time state"], prepare: Callable[[Tensor], Tensor] | None = None
 ) -> Float[Tensor, "*batch prepared rank"]:
