@@ -286,8 +286,8 @@ def leading_eigenvectors(
     if len(symmetric) * size <= FEW or symmetric.is_cuda:
         block, _, values, settled = _rayleigh_ritz(symmetric, eigh(symmetric)[1][..., :width], count)
         return values[..., :count] * scale.unsqueeze(-1), block[..., :count], settled
-    generator = torch.Generator().manual_seed(0)  # a fixed start: the same data always give the same operator
-    block = torch.randn(size, width, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)  # a fixed start: the same data always give the same operator
+    block = torch.randn(size, width, generator=generator, dtype=torch.float64, device="cpu")
     block = _orthonormal(symmetric @ (symmetric @ block))
     block, image, values, settled = _rayleigh_ritz(symmetric, block, count)
     missed = ~settled
