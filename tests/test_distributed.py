@@ -31,6 +31,7 @@ from two_processes import (
 )
 
 import koopt
+from koopt.distributed import INTEGERS, fingerprint
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
@@ -212,6 +213,25 @@ def test_processes_that_train_models_of_their_own(pair):
     first, second = pair.both(each_alone)
     assert first["weight"] == (1, 3)
     assert second["weight"] == (2, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changed", [2, 10, 100])
+def test_a_fingerprint_sees_opposite_changes_and_exchanged_places(dtype, changed):
+    weights = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    own = fingerprint([weights])
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        places = torch.randperm(1000, generator=generator)[:changed]
+        other = weights.clone()
+        bits = other.view(INTEGERS[dtype.itemsize])
+        bits[places] += 1 - 2 * (torch.arange(changed) % 2).to(bits.dtype)  # half of them up, half down
+        assert fingerprint([other]) != own
+        other = weights.clone()
+        other[places] = weights[places.roll(1)]
+        assert fingerprint([other]) != own
+    assert fingerprint([weights.clone()]) == own
+    assert fingerprint([weights[:400], weights[400:].view(6, 100).t().contiguous().t()]) == own
 
 
 def test_a_run_in_one_process_does_not_import_what_several_need():

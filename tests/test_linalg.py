@@ -258,3 +258,20 @@ def test_cuda():
     found = linalg.leading_eigenvectors(symmetric([0.3**i for i in range(20)])[0][None].cuda(), 3)
     assert_close(found[0].cpu(), exact([1.0, 0.3, 0.09]))
     assert found[2].all()
+
+
+@pytest.mark.usefixtures("_chunked")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_inner_products_of_rows_in_float64(dtype):
+    left, right = (300 * normal(seed, 3, 700, dtype=dtype) for seed in (0, 1))
+    assert_close(linalg.inner_of_rows(left, right), (left.double() * right.double()).sum(dim=-1), rtol=1e-12, atol=1e-6)
+
+
+def test_what_is_finite_though_its_sum_is_not():
+    for values in (torch.full((4,), 6e4, dtype=torch.float16), torch.tensor([3e38, 3e38]), torch.zeros(0)):
+        assert linalg.all_finite(values)
+    for bad in (math.nan, math.inf, -math.inf):
+        assert not linalg.all_finite(torch.tensor([1.0, bad]))
+    assert not linalg.all_finite(torch.tensor([math.inf, -math.inf]))
+    assert linalg.all_finite(torch.tensor([1j]))
+    assert not linalg.all_finite(torch.tensor([complex(0.0, math.nan)]))

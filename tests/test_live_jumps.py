@@ -315,3 +315,21 @@ def test_the_evaluations_left_go_to_horizons():
     torch.testing.assert_close(found.coefficients @ window, found.weights[0])
     assert far(4).candidate.method in {family.method for family in FAMILIES}
     assert len(seen) == 4
+
+
+def test_a_horizon_is_never_shorter_than_a_step():
+    """Of a short tail a tenth is less: a family that came to 0 could never double it again."""
+    snapshots = torch.linspace(0, 1, 6, dtype=torch.float64)[:, None]
+    choice = Choice()
+    for _ in range(20):  # the nearer the better, so that horizons are halved as far as that goes
+        search(
+            Proposer(snapshots),
+            snapshots - 1,
+            choice,
+            [snapshots[-1].clone()],
+            1.0,
+            16,
+            lambda weights: 1 + (weights[0] - 1).abs().item(),
+        )
+    assert min(horizon for horizon in choice.horizons if horizon > 0) >= 1 / 5
+    assert [h > 0 for h in choice.horizons] == [family.horizon > 0 for family in FAMILIES]

@@ -41,6 +41,24 @@ def test_the_optimizers_state_dict_carries_koopt_along_where_asked():
     assert [jump.step for jump in again.jumps] == [jump.step for jump in koop.jumps]
 
 
+def test_koopts_part_is_not_taken_over_where_the_optimizer_refuses_its_own():
+    task, koop = resumable(with_optimizer=True)
+    task.run(steps=40)
+    state = saved(task, koop)["optimizer"]
+    other, again = resumable(with_optimizer=True)
+    own = repr(again.state_dict())
+    groups = state["param_groups"]
+    with pytest.raises(ValueError, match="parameter group"):
+        other.optimizer.load_state_dict(state | {"param_groups": groups * 2})
+    assert repr(again.state_dict()) == own
+    other.optimizer.load_state_dict({name: value for name, value in state.items() if name != "koopt"})
+    assert again.steps == 0
+    state["koopt"]["steps"] = -1
+    with pytest.raises(ValueError, match="steps"):
+        other.optimizer.load_state_dict(state)
+    assert repr(again.state_dict()) == own
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_handle_is_stateful_for_distributed_checkpoints(tmp_path):
     import torch.distributed.checkpoint as dcp

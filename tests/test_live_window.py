@@ -93,3 +93,13 @@ def test_what_is_recorded_takes_no_gradient_and_leaves_grad_mode_alone(enabled, 
         assert torch.is_grad_enabled() is enabled
     assert [target.flatten().tolist() for target in targets] == [[2.0, 4.0], [6.0]]
     assert not any(target.requires_grad for target in targets)
+
+
+@pytest.mark.parametrize("window", [4, 8, 56])
+def test_the_age_of_the_last_mean_is_that_of_what_it_is_made_of(window):
+    """Each step records its own number, so that a mean tells when it was."""
+    means = BlockMeans([torch.zeros(1)], window, torch.float64, torch.device("cpu"))
+    for step in range(600):
+        means.add([torch.tensor([float(step)], dtype=torch.float64)])
+        if means.held:
+            assert means.age == step - means.ordered()[-1].item()

@@ -278,7 +278,7 @@ def test_more_memory_than_is_free_is_refused_with_the_numbers(monkeypatch):
         koopt.Trajectory(model, window=2559, dtype=torch.float64, average=True)
 
 
-def testfree_memory_is_probed():
+def test_free_memory_is_probed():
     free = module.free_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
     assert module.free_memory(torch.device("meta")) is None
@@ -823,6 +823,14 @@ def test_load_into_refuses_what_is_no_tensor(bad):
     with pytest.raises((TypeError, ValueError)):
         koopt.load_into(model, weights_of(model) | {"2.bias": bad})
     assert torch.equal(flat(model), before)
+
+
+def test_load_into_a_complex_model():
+    model = nn.Linear(2, 1, dtype=torch.complex64)
+    koopt.load_into(model, {"bias": torch.tensor([1 + 2j])})
+    assert model.bias.item() == 1 + 2j
+    with pytest.raises(ValueError, match=r"\['bias'\] holds NaN or Inf \(in torch.complex64"):
+        koopt.load_into(model, {"bias": torch.tensor([complex(0.0, math.inf)])})
 
 
 def test_load_into_tied_names():

@@ -224,7 +224,9 @@ def mean_of(function: Callable[[], float], ranks: Ranks | None, what: str) -> fl
     except Exception as caught:
         error = caught
     try:
-        total, failed = all_reduce(torch.tensor([value, error is not None], dtype=torch.float64, device="cpu"), ranks).tolist()
+        total, failed = all_reduce(
+            torch.tensor([value, error is not None], dtype=torch.float64, device="cpu"), ranks
+        ).tolist()
         said = _messages(error, ranks) if failed else []
     except RuntimeError:
         if error is not None:

@@ -92,7 +92,7 @@ def search(
     def lower(index: int, horizon: float) -> bool:
         """Whether a family does better at this horizon than it did so far; without weights, or at NaN, it does not."""
         nonlocal best, left
-        if math.isfinite(horizon):
+        if 0 < horizon < math.inf:
             horizon = max(1, round(horizon * (proposer.time - 1))) / (proposer.time - 1)  # whole steps
         candidate, loss = FAMILIES[index]._replace(horizon=horizon), math.inf
         coefficients = proposer.coefficients(candidate)
