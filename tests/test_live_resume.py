@@ -59,7 +59,8 @@ def test_the_handle_is_stateful_for_distributed_checkpoints(tmp_path):
     ("change", "message"),
     [
         (lambda s: s["settings"].update(tail=9), "state: recorded with tail=9, this run has tail=8; make them"),
-        (lambda s: s["settings"]["shapes"].update({"0.weight": [1]}), "state: recorded with shapes="),
+        (lambda s: s["settings"]["shapes"].update({"0.weight": [1]}), r"with '0.weight' of shape \[1\] where this"),
+        (lambda s: s["settings"]["shapes"].popitem(), "recorded with no parameter more where this run has '"),
         (lambda s: s.pop("means"), r"state has \[.*\], expected .*pass what state_dict\(\) returned"),
         (
             lambda s: s["means"]["rows"].update({"0.weight": torch.zeros(2, 2)}),

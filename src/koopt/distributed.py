@@ -27,14 +27,19 @@ MESSAGE = 256  # bytes of an error that others are told
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The module within DistributedDataParallel: its names are those of a run in one process.
+    """The module within DataParallel, DistributedDataParallel or what ``torch.compile`` made: its names are plain.
 
     >>> bare(nn.Linear(1, 1))
     Linear(in_features=1, out_features=1, bias=True)
     """
-    while isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model = model.module
+    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    while isinstance(inner := model.module if isinstance(model, wrappers) else _compiled(model), torch.nn.Module):
+        model = inner
     return model
+
+
+def _compiled(model: nn.Module) -> object:
+    return model._modules.get("_orig_mod")  # of torch.compile's module, whose class is not imported for this
 
 
 def join(model: nn.Module, named: Mapping[str, nn.Parameter], group: object, settings: str) -> Ranks | None:
@@ -137,7 +142,7 @@ def everywhere(flag: bool, ranks: Ranks | None) -> bool:
     """
     if ranks is None:
         return flag
-    return bool(all_reduce(torch.tensor([float(flag)], dtype=torch.float64), ranks, "MIN"))
+    return bool(all_reduce(torch.tensor([float(flag)], dtype=torch.float64, device="cpu"), ranks, "MIN"))
 
 
 def alike(numbers: Sequence[int], ranks: Ranks | None) -> list[bool]:
@@ -148,7 +153,7 @@ def alike(numbers: Sequence[int], ranks: Ranks | None) -> list[bool]:
     """
     if ranks is None:
         return [True] * len(numbers)
-    own = torch.tensor(list(numbers), dtype=torch.int64)
+    own = torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
     largest, negative = all_reduce(torch.stack([own, -own]), ranks, "MAX")
     return (largest == -negative).tolist()
 
@@ -161,7 +166,7 @@ def union(indices: list[int], count: int, ranks: Ranks | None) -> list[int]:
     """
     if ranks is None:
         return indices
-    named = torch.zeros(count, dtype=torch.float64)
+    named = torch.zeros(count, dtype=torch.float64, device="cpu")
     named[indices] = 1.0
     return all_reduce(named, ranks, "MAX").nonzero().flatten().tolist()
 
@@ -184,7 +189,7 @@ def agreed(coefficients: Tensor | None, time: int, ranks: Ranks | None) -> Tenso
     """Those of the first process, which elsewhere may differ by rounding; None where it has none."""
     if ranks is None:
         return coefficients
-    shared = torch.full((time,), math.nan, dtype=torch.float64) if coefficients is None else coefficients
+    shared = coefficients if coefficients is not None else torch.full((time,), math.nan, device="cpu")
     shared = first(shared.to("cpu", torch.float64), ranks)
     return shared if bool(shared.isfinite().all()) else None
 
@@ -219,7 +224,7 @@ def mean_of(function: Callable[[], float], ranks: Ranks | None, what: str) -> fl
     except Exception as caught:
         error = caught
     try:
-        total, failed = all_reduce(torch.tensor([value, error is not None], dtype=torch.float64), ranks).tolist()
+        total, failed = all_reduce(torch.tensor([value, error is not None], dtype=torch.float64, device="cpu"), ranks).tolist()
         said = _messages(error, ranks) if failed else []
     except RuntimeError:
         if error is not None:
@@ -236,7 +241,7 @@ def mean_of(function: Callable[[], float], ranks: Ranks | None, what: str) -> fl
 def _messages(error: Exception | None, ranks: Ranks) -> list[str]:
     """What each process has to say of its error; nothing where there is none."""
     text = b"" if error is None else f"{type(error).__name__}: {error}".encode()[:MESSAGE]
-    own = torch.zeros(MESSAGE, dtype=torch.uint8)
+    own = torch.zeros(MESSAGE, dtype=torch.uint8, device="cpu")
     own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else own[:0]
     found = [torch.zeros_like(own) for _ in range(ranks.group.size())]
     with answered():

@@ -219,25 +219,25 @@ def _trial(path: Tensor, candidate: Candidate, lags: list[int], rounding: float)
     last = len(path) - 1
     origins = {lag: _origins(last, lag) for lag in lags if last - 2 * lag >= tail}
     ends = sorted({last}.union(*origins.values()))
-    window = path[torch.tensor(ends)[:, None] - torch.arange(tail, -1, -stride)]
+    window = path[torch.tensor(ends, device="cpu")[:, None] - torch.arange(tail, -1, -stride, device="cpu")]
     if method == "koopman":
         operator = fit(window, **options, rtol=_rtol(path, candidate, rounding))
         max_modulus = linalg.eig(operator.transition[-1])[0].abs().max().item()
     else:
         operator, max_modulus = None, 1.0
-    errors = torch.full((len(lags),), math.inf, dtype=torch.float64)
+    errors = torch.full((len(lags),), math.inf, dtype=torch.float64, device="cpu")
     worst = 0.0
     for i, (lag, held_out) in enumerate(origins.items()):
         if max_modulus ** (lag / stride) > GROWTH:
             break
         if operator is not None and lag < stride:
             continue  # within a stride a forecast is a straight line
-        rows = torch.tensor([ends.index(origin) for origin in held_out])
+        rows = torch.tensor([ends.index(origin) for origin in held_out], device="cpu")
         if operator is not None:
             ahead = operator.forecast(lag / stride)[rows]
         else:
             ahead = linalg.combine(METHODS[method](window[rows], lag / stride, **options), window[rows])
-        start = torch.tensor(held_out)
+        start = torch.tensor(held_out, device="cpu")
         truth = path[start + lag]
         missed = (ahead - truth).norm(dim=-1).clamp_min(rounding)  # no snapshot is known better than that
         ratio = (missed / (truth - path[start]).norm(dim=-1)).nan_to_num(nan=math.inf)

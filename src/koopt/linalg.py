@@ -32,6 +32,15 @@ FILLING = 2**26  # numbers of a piece on a CUDA device: half a GiB
 BATCHED = 32  # rows and columns up to which CUDA decomposes many matrices at once; beyond it takes them one by one
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether none is NaN or Inf: by the sum, which is quick, and where that overflows one by one.
+
+    >>> all_finite(torch.tensor([1.0, 3e38, 3e38])), all_finite(torch.tensor([float("inf")]))
+    (True, False)
+    """
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def triangular_factor(
     rows: Float[Tensor, "*batch time state"], prepare: Callable[[Tensor], Tensor] | None = None
 ) -> Float[Tensor, "*batch prepared rank"]:
@@ -277,8 +286,8 @@ def leading_eigenvectors(
     if len(symmetric) * size <= FEW or symmetric.is_cuda:
         block, _, values, settled = _rayleigh_ritz(symmetric, eigh(symmetric)[1][..., :width], count)
         return values[..., :count] * scale.unsqueeze(-1), block[..., :count], settled
-    generator = torch.Generator().manual_seed(0)  # a fixed start: the same data always give the same operator
-    block = torch.randn(size, width, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)  # a fixed start: the same data always give the same operator
+    block = torch.randn(size, width, generator=generator, dtype=torch.float64, device="cpu")
     block = _orthonormal(symmetric @ (symmetric @ block))
     block, image, values, settled = _rayleigh_ritz(symmetric, block, count)
     missed = ~settled

@@ -121,9 +121,9 @@ def binomial_interval(rate: float, trials: int, level: float = 0.95) -> tuple[fl
     if not 0 < level < 1:
         raise ValueError(f"level is {level}, expected a probability between 0 and 1, such as 0.95")
     tail = (1 - level) / 2
-    counts = torch.arange(trials + 1, dtype=torch.float64)
+    counts = torch.arange(trials + 1, dtype=torch.float64, device="cpu")
     choices = math.lgamma(trials + 1) - torch.lgamma(counts + 1) - torch.lgamma(trials - counts + 1)
-    share = torch.tensor(rate, dtype=torch.float64)
+    share = torch.tensor(rate, dtype=torch.float64, device="cpu")
     below = (choices + torch.xlogy(counts, share) + torch.xlogy(trials - counts, 1 - share)).exp().cumsum(0)
     low, high = ((below < bound - 1e-12).sum().clamp(max=trials).item() for bound in (tail, 1 - tail))
     return low / trials, high / trials

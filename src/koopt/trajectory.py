@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from functools import cache
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 from torch._utils import _unflatten_dense_tensors
 
 from koopt import linalg
+from koopt.distributed import bare
 from koopt.forecasters import METHODS
 from koopt.horizon import Plan, plan
 from koopt.memory import free_memory
@@ -74,6 +74,7 @@ class Trajectory:
                 raise ValueError(f"{name} is {value!r}, expected a whole number >= 1")
         if not isinstance(average, bool):
             raise TypeError(f"average is {average!r}, expected True or False")
+        model = bare(model)
         named = trainable(model)
         for name, parameter in named.items():
             if parameter.is_complex():
@@ -350,7 +351,7 @@ class Trajectory:
         if alike:
             flat = flat.to(*kinds.pop())
         weights = dict(zip(self._named, _unflatten_dense_tensors(flat, self._parameters), strict=True))
-        if alike and math.isfinite(flat.sum().item()):
+        if alike and linalg.all_finite(flat):
             return weights
         weights = {name: weights[name].to(p.device, p.dtype) for name, p in self._named.items()}
         bad = _first_not_finite(weights)
@@ -404,12 +405,13 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Write weights into a model's parameters in place: all of them, or none if one does not fit.
 
     Args:
-        model: the module to change.
-        weights: by the names of ``model.named_parameters()``, any subset; cast to each parameter's dtype and device.
+        model: the module to change, which may be compiled or within DistributedDataParallel.
+        weights: by the names of ``model.named_parameters()``, or of the module within, any subset; cast to each
+            parameter's dtype and device.
 
     Raises:
         KeyError: if the model has no parameter of that name.
-        TypeError: if a value is not a real tensor.
+        TypeError: if a value is no tensor, or complex where the parameter is not.
         ValueError: if a shape differs, a value is NaN or Inf in the parameter's dtype, or tied names differ.
 
     >>> model = nn.Linear(1, 1, bias=False)
@@ -417,7 +419,7 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     >>> model.weight.item()
     2.0
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {name: p for one in (model, bare(model)) for name, p in one.named_parameters(remove_duplicate=False)}
     sources: dict[nn.Parameter, Tensor] = {}
     for name, values in weights.items():
         if name not in parameters:
@@ -433,8 +435,7 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
                 f"weights[{name!r}] has shape {tuple(values.shape)}, expected the parameter's {tuple(parameter.shape)}"
             )
         source = values.to(parameter.device, parameter.dtype)
-        # the sum is quick, and finite only if all values are; it may overflow where none does
-        if not math.isfinite(source.sum().item()) and not bool(source.isfinite().all()):
+        if not linalg.all_finite(source):
             raise ValueError(f"weights[{name!r}] holds NaN or Inf (in {parameter.dtype}); nothing was written")
         if parameter in sources and not torch.equal(sources[parameter], source):
             raise ValueError(f"weights[{name!r}] is tied to another name with other values; pass one of them")

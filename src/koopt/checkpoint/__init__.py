@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -245,7 +244,7 @@ def _combine(
         coefficients = found[block.slab][0].coefficients[block.first : block.first + block.patches]
         patches = numbers.view(len(numbers), block.patches, block.width).transpose(0, 1)
         made = linalg.combine(coefficients, patches).reshape(-1)
-        if not math.isfinite(made.sum(dtype=torch.float64).item()) and not bool(made.isfinite().all()):
+        if not linalg.all_finite(made):
             raise ValueError(
                 f"{entry.file}: the forecast of tensor {block.name!r} is not finite in "
                 f"{str(entry.dtype).removeprefix('torch.')}; take a shorter --ahead or a lower --rank"

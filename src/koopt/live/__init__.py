@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,8 +57,9 @@ def attach(
     Args:
         optimizer: any ``torch.optim`` optimizer, or a wrapper that holds one as `optimizer`.
         model: the module that it trains; parameters that are frozen or not in the optimizer are left alone.
-        guard: called without arguments, returns the loss at the model's current weights as a float or a 0-d tensor. In
-            noisy training it should use a batch that is held out.
+        guard: called without arguments, returns the loss at the model's current weights as a float or a 0-d tensor;
+            lower is better, also where the optimizer maximizes. In noisy training it should use a batch that is held
+            out. Other modules that it changes, as BatchNorm of a discriminator, have to be in `model` to be put back.
         mode: "jump": weights are moved in place; "forecast": training is not touched; "auto": jumps where a guard is
             given, the last steps are smooth and the optimizer is none that preconditions with matrices, as SOAP does;
             "forecast" without a guard.
@@ -102,7 +103,7 @@ def attach(
     >>> koop.jumps[0].accepted, koop.jumps[0].reason
     (True, 'better')
     """
-    inner = _plain(optimizer)
+    stepping, inner = _within(optimizer)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is {type(model).__name__}, expected the torch.nn.Module that the optimizer trains")
     if guard is not None and not callable(guard):
@@ -123,6 +124,10 @@ def attach(
             raise ValueError(f"{name} is {value!r}, expected a whole number >= {least}{why}")
     if history is not None and (isinstance(history, bool) or not isinstance(history, int) or history < 0):
         raise ValueError(f"history is {history!r}, expected a whole number >= 0, or None")
+    if history != 0 and isinstance(inner, torch.optim.LBFGS):
+        raise ValueError(
+            f"history is {history}, but L-BFGS leaves gradients of other points than a step began at; leave it 0"
+        )
     if window % 2:
         raise ValueError(f"window is {window}, expected an even number: its block means merge in pairs")
     if isinstance(max_overhead, bool) or not isinstance(max_overhead, Real) or not 0 <= max_overhead < math.inf:
@@ -154,17 +159,22 @@ def attach(
     asked = repr((replace(settings, device=torch.device(place.type)), guard is None, refresh is None))
     ranks = distributed.join(model, named, group, asked)
     distributed.together(lambda: _require_memory(parameters, settings), ranks, "attach")
-    return Live(inner, model, named, guard, refresh, settings, with_optimizer, ranks)
+    return Live(stepping, inner, model, named, guard, refresh, settings, with_optimizer, ranks)
 
 
-def _plain(optimizer: object) -> torch.optim.Optimizer:
-    """The optimizer whose hooks are run: what wrappers such as Accelerate's hold."""
-    given = type(optimizer).__name__
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    if not isinstance(optimizer, torch.optim.Optimizer):
+def _within(optimizer: object) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """The outermost optimizer that runs hooks after its steps, and the innermost, which has the state.
+
+    Lookahead runs its own once it has moved the weights itself; wrappers such as Accelerate's run none.
+    """
+    chain: list[Any] = [optimizer]
+    while isinstance(inner := getattr(chain[-1], "optimizer", None), torch.optim.Optimizer):
+        chain.append(inner)
+    hooked = [one for one in chain if "_optimizer_step_post_hooks" in getattr(one, "__dict__", {})]
+    if not hooked:
+        given = type(optimizer).__name__
         raise TypeError(f"optimizer is {given}, expected a torch.optim.Optimizer, or a wrapper that holds one")
-    return optimizer
+    return hooked[0], chain[-1]
 
 
 def _trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:

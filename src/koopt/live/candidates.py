@@ -253,7 +253,9 @@ def combined(
     ranks: Ranks | None = None,
 ) -> list[Tensor] | None:
     """The combination of the snapshots, in the shapes and dtypes of the parameters; None if one is not finite."""
-    flat = linalg.combine(coefficients.to(snapshots.device), snapshots, torch.float64)
+    dtypes = {parameter.dtype for parameter in parameters}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float64
+    flat = linalg.combine(coefficients.to(snapshots.device), snapshots, dtype)
     return cast(parameters, flat, ranks, add=False)
 
 
@@ -271,7 +273,5 @@ def cast(parameters: Sequence[Tensor], flat: Tensor, ranks: Ranks | None, add: b
         flat = flat.to(parameters[0].device, parameters[0].dtype)  # at once, which is quicker than one by one
     pieces = zip(flat.split(sizes), parameters, strict=True)
     values = [piece.to(p.device, p.dtype).view(p.shape) for piece, p in pieces]
-    # the sum is quick, and finite only if all values are; it may overflow where none does
-    checked = [flat] if alike else values
-    finite = all(math.isfinite(value.sum().item()) or bool(value.isfinite().all()) for value in checked)
+    finite = all(linalg.all_finite(value) for value in ([flat] if alike else values))
     return values if distributed.everywhere(finite, ranks) else None

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from koopt import exchange, linalg, reductions
 from koopt.forecasters import METHODS, RESOLVED
 from koopt.live.candidates import FAMILIES, FEWEST, Candidate, Proposer, combined, gain
+from koopt.live.jumps import finite
 from koopt.live.window import BlockMeans, Snapshots
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def blended(factor: Float[Tensor, "time rank"], blend: Sequence[Part]) -> Float[
     tensor([0.0000, 0.0000, 0.0000, 0.0000, 0.0000, 0.0000, 0.5000, 0.5000],
            dtype=torch.float64)
     """
-    total = torch.zeros(len(factor), dtype=torch.float64)
+    total = factor.new_zeros(len(factor), dtype=torch.float64)
     for part in blend:
         tail = max(1, round(part.share * len(factor)))
         options: dict[str, Any] = SLOW | {"rtol": RESOLVED} if part.method == "koopman" else {}
@@ -127,8 +128,8 @@ def by_rule(
     if isinstance(window, Snapshots) or steps is not None:
         return _to_step(window, steps or 0.0, now, ranks)
     rows = window.with_open()
-    found = _made(rows, now, [RULE] if len(rows) >= ENOUGH else [AVERAGE], ranks)[0]
-    return now if found is None else found
+    weights = _made(rows, now, _of_blends(rows, [RULE] if len(rows) >= ENOUGH else [AVERAGE], ranks)[0], ranks)
+    return now if weights is None else weights
 
 
 def by_guard(
@@ -150,43 +151,51 @@ def by_guard(
         ranks: the processes that hold the other columns.
     """
     if isinstance(window, Snapshots):
-        made = _from_tail(window.ordered(), now, ranks)
+        rows = window.ordered()
+        found = _from_tail(rows, ranks)
     else:
         rows = window.with_open()
-        made = _made(rows, now, FORECASTS if len(rows) >= ENOUGH else [AVERAGE], ranks)
-    least = evaluate(now)
-    losses = [math.nan if weights is None else evaluate(weights) for weights in made]
-    order = sorted(range(len(made)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
-    if len(made) == len(FORECASTS) and isinstance(window, BlockMeans):
+        found = _of_blends(rows, FORECASTS if len(rows) >= ENOUGH else [AVERAGE], ranks)
+
+    def loss_of(coefficients: Tensor | None) -> float:
+        """Each is made, evaluated and dropped, as memory is not to grow with their number; the best is made again."""
+        weights = _made(rows, now, coefficients, ranks)
+        return math.inf if weights is None else finite(evaluate(weights))
+
+    least = finite(evaluate(now))
+    losses = [loss_of(coefficients) for coefficients in found]
+    order = sorted(range(len(found)), key=lambda i: losses[i])
+    if len(found) == len(FORECASTS) and isinstance(window, BlockMeans):
         taste.learn(steps, [_clipped(least, loss) for loss in losses])
         order = [taste.order()[0], *order]
-    for index in order:
-        weights, loss = made[index], losses[index]
-        if weights is not None and (loss < least or (math.isnan(least) and not math.isnan(loss))):
-            return weights
-    return now
+    best = next((found[index] for index in order if losses[index] < least), None)
+    weights = _made(rows, now, best, ranks)
+    return now if weights is None else weights
 
 
 def _made(
-    rows: Float[Tensor, "time state"], now: Sequence[Tensor], blends: Sequence[Sequence[Part]], ranks: Ranks | None
-) -> list[list[Tensor] | None]:
-    """The weights of each blend; None where one is not finite."""
-    squared = reductions.gram(rows, ranks) if len(rows) else torch.full((1, 1), math.nan)
-    if not bool(squared.isfinite().all()):
+    rows: Float[Tensor, "time state"], now: Sequence[Tensor], coefficients: Tensor | None, ranks: Ranks | None
+) -> list[Tensor] | None:
+    """The weights with these coefficients; None where there are none, or one of the weights is not finite."""
+    return None if coefficients is None else combined(now, rows, coefficients, ranks)
+
+
+def _of_blends(
+    rows: Float[Tensor, "time state"], blends: Sequence[Sequence[Part]], ranks: Ranks | None
+) -> Sequence[Tensor | None]:
+    """The coefficients of each blend; None where the rows are not finite."""
+    squared = reductions.gram(rows, ranks) if len(rows) else None
+    if squared is None or not bool(squared.isfinite().all()):
         return [None] * len(blends)
     factor = linalg.factor_of_gram(squared)
-    coefficients = exchange.first(torch.stack([blended(factor, blend) for blend in blends]), ranks)
-    return [combined(now, rows, own, ranks) for own in coefficients]
+    return list(exchange.first(torch.stack([blended(factor, blend) for blend in blends]), ranks))
 
 
-def _from_tail(
-    snapshots: Float[Tensor, "time state"], now: Sequence[Tensor], ranks: Ranks | None
-) -> list[list[Tensor] | None]:
+def _from_tail(snapshots: Float[Tensor, "time state"], ranks: Ranks | None) -> Sequence[Tensor | None]:
     if len(snapshots) < 2:
         return []
     proposer = Proposer(snapshots, ranks)
-    found = [proposer.coefficients(candidate) for candidate in FROM_TAIL]
-    return [None if c is None else combined(now, snapshots, c, ranks) for c in found]
+    return [proposer.coefficients(candidate) for candidate in FROM_TAIL]
 
 
 def _clipped(before: float, after: float) -> float:
@@ -207,8 +216,7 @@ def _to_step(window: Snapshots | BlockMeans, steps: float, now: list[Tensor], ra
         fitted = max(2, round(AHEAD.share * held))
         candidate = AHEAD._replace(horizon=(steps + window.age) / window.block / (fitted - 1))
         enough = held >= ENOUGH
-    coefficients = Proposer(snapshots, ranks).coefficients(candidate) if enough else None
-    weights = None if coefficients is None else combined(now, snapshots, coefficients, ranks)
+    weights = _made(snapshots, now, Proposer(snapshots, ranks).coefficients(candidate) if enough else None, ranks)
     if weights is None and isinstance(window, BlockMeans):
-        weights = _made(snapshots, now, [AVERAGE], ranks)[0]
+        weights = _made(snapshots, now, _of_blends(snapshots, [AVERAGE], ranks)[0], ranks)
     return now if weights is None else weights

@@ -46,12 +46,13 @@ class RandomState(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """A buffer of a module, and the values that it had."""
+    """A buffer of a module, and the values that it had, at a version of it."""
 
     buffers: dict[str, Tensor | None]
     name: str
     buffer: Tensor
     values: Tensor
+    version: int | None
 
 
 class Surroundings(NamedTuple):
@@ -164,7 +165,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 def buffers_of(model: nn.Module) -> list[Buffer]:
     """Where each buffer is, and its values."""
     return [
-        Buffer(module._buffers, name, buffer, buffer.clone())
+        Buffer(module._buffers, name, buffer, stored_once(buffer).clone(), _version(buffer))
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -174,6 +175,21 @@ def buffers_of(model: nn.Module) -> list[Buffer]:
 @torch.no_grad()
 def put_back(kept: Iterable[Buffer]) -> None:
     """Buffers become the same tensors with the same values."""
-    for buffers, name, buffer, values in kept:
+    for buffers, name, buffer, values, version in kept:
         buffers[name] = buffer
-        buffer.copy_(values)
+        # a changed buffer has another version, but for the statistics that batch_norm writes to
+        if version is None or buffer._version != version or buffer.is_floating_point():
+            stored_once(buffer.data).copy_(values)  # no new version: a graph that waits for its backward may hold it
+
+
+def _version(buffer: Tensor) -> int | None:
+    return None if buffer.is_inference() else buffer._version
+
+
+def stored_once(buffer: Tensor) -> Tensor:
+    """Each number once, where it is repeated as by ``expand``, and cannot be written to."""
+    if buffer.layout is torch.strided:
+        for dim, stride in enumerate(buffer.stride()):
+            if stride == 0 and buffer.shape[dim] > 1:
+                buffer = buffer.narrow(dim, 0, 1)
+    return buffer

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import time
+from itertools import accumulate, pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -21,7 +22,7 @@ from koopt.live.judging import Judge
 from koopt.live.jumps import TOLERANCE, Found, disagreement, follow, search
 from koopt.live.preconditioning import by_matrices
 from koopt.live.refreshing import write_buffers
-from koopt.live.skipping import moving, skipped
+from koopt.live.skipping import frozen, moving, skipped
 from koopt.live.weights import Weights
 from koopt.live.window import BlockMeans, Snapshots, nbytes_of
 
@@ -63,6 +64,7 @@ class Live:
 
     def __init__(
         self,
+        stepping: torch.optim.Optimizer,
         optimizer: torch.optim.Optimizer,
         model: nn.Module,
         named: Mapping[str, nn.Parameter],
@@ -75,7 +77,7 @@ class Live:
         self._optimizer, self._model, self._settings = optimizer, model, settings
         self._ranks = ranks
         self._weights = Weights(named, sharding.sharding_modules(model))
-        self._judge = Judge(optimizer, model, self._weights, guard, refresh, ranks)
+        self._judge = Judge(stepping, model, self._weights, guard, refresh, ranks)
         recorded, place = self._weights.parameters, (settings.dtype, settings.device)
         self._tail = Snapshots(recorded, settings.tail, *place) if settings.snapshots else None
         combine = settings.snapshots > settings.tail
@@ -96,14 +98,21 @@ class Live:
         self._loading: Mapping[str, Any] | None = None  # koopt's part of a state that the optimizer is taking over
         self.steps = 0
         self.jumps: list[Jump] = []
-        self._hooks = [optimizer.register_step_post_hook(self._after)]
+        untraced: Any = torch.compiler.disable  # in a compiled step they would be traced anew as their counters change
+        self._hooks = [stepping.register_step_post_hook(untraced(self._after))]
         if self._secants is not None:
-            self._hooks.append(optimizer.register_step_pre_hook(self._before))
+            self._hooks.append(stepping.register_step_pre_hook(untraced(self._before)))
         if with_optimizer:
             self._hooks.append(optimizer.register_state_dict_post_hook(self._into))
             self._hooks.append(optimizer.register_load_state_dict_pre_hook(self._out_of))
             self._hooks.append(optimizer.register_load_state_dict_post_hook(self._loaded))
         _attached.add(optimizer)
+
+    def __deepcopy__(self, memo: object) -> Live:
+        raise TypeError("a handle cannot be copied: it belongs to one optimizer; attach() to the copy of that instead")
+
+    def __reduce__(self) -> str:
+        raise TypeError("a handle cannot be pickled: it belongs to one optimizer; save its state_dict() instead")
 
     @property
     def nbytes(self) -> int:
@@ -319,10 +328,16 @@ class Live:
         schedule.spent += 2 * SNAPSHOT
         if self.steps < schedule.following:
             return False
-        if schedule.allowed(self.steps + ADVANCE, schedule.costs.secants) < TRIES:
+        most = TRIES + 2 * self._doubtful() + (self._judge.refresh is not None)  # evaluations
+        if schedule.allowed(self.steps + ADVANCE, schedule.costs.secants) < most:
             schedule.postpone(self.steps)
             return False
         return self._follow(held).accepted
+
+    def _doubtful(self) -> bool:
+        """Whether it is asked if gradients are noise: rarer and rarer, as what is smooth seldom turns noisy."""
+        tries = self._schedule.tries + 1
+        return self._settings.mode == "auto" and (tries <= ALWAYS or tries & (tries - 1) == 0)
 
     def _toward_jump(self, tail: Snapshots, left: int) -> None:
         """Record the last steps before the attempt that is due in `left`, and make it, as far as the budget allows."""
@@ -401,10 +416,19 @@ class Live:
             callback(jump)
         return jump
 
+    def _frozen(self) -> list[slice]:
+        """Columns of parameters that are no longer trained, though they moved not long ago."""
+        ends = accumulate((parameter.numel() for parameter in self._weights.parameters), initial=0)
+        columns = [slice(*pair) for pair in pairwise(ends)]
+        still = frozen(self._optimizer, self._weights.named.values())
+        return [part for part, stays in zip(columns, still, strict=True) if stays]
+
     def _attempt(self, snapshots: Tensor, allowed: int) -> tuple[Found, Mapping[str, Tensor]]:
         """What is best, and with which buffers, where they were renewed; the weights are as before."""
         if len(snapshots) < FEWEST:
             return Found(f"too few snapshots: {len(snapshots)} recent steps are recorded, {FEWEST} are needed"), {}
+        for columns in self._frozen():
+            snapshots[:, columns] = snapshots[-1, columns]
         extra = 1 if self._judge.refresh is None else 2  # evaluations that try no candidate
         if allowed <= extra:
             return Found(f"budget: max_overhead={self._settings.max_overhead:g} allows no candidate yet"), {}
@@ -427,9 +451,10 @@ class Live:
         step = secants.newton(held, secants.adaptive(self._optimizer, list(self._weights.named.values())), self._ranks)
         if step is None:
             return Found(f"secants: none of {held.pairs} tells of a minimum"), {}
+        for columns in self._frozen():
+            step.direction[columns] = 0.0
+        asked = self._doubtful()
         self._schedule.tries += 1
-        tries = self._schedule.tries  # rarer and rarer: what is smooth seldom turns noisy
-        asked = self._settings.mode == "auto" and (tries <= ALWAYS or tries & (tries - 1) == 0)
 
         def searching(saved: Sequence[Tensor], before: float) -> Found:
             if asked:

@@ -114,7 +114,7 @@ class Judge:
                 buffers = distributed.together(renew, self._ranks, "refresh")
                 after = self.loss(found.weights)
         found = found._replace(after=after)
-        if after < before:
+        if math.isfinite(after) and after < before:
             return found, buffers
         return found._replace(weights=None, reason="with its buffers refreshed the best candidate was not better"), {}
 

@@ -99,10 +99,9 @@ def search(
         weights = None if coefficients is None else moved(saved, displacements, coefficients, proposer.ranks)
         if weights is not None:
             left -= 1
-            loss = evaluate(weights)
+            loss = finite(evaluate(weights))
             if loss < (math.inf if best.after is None else best.after):
                 best = Found(best.reason, before, loss, candidate, coefficients, weights)
-        loss = loss if loss < math.inf else math.inf
         if index in reached and not loss < reached[index][0]:
             return False
         reached[index] = loss, horizon
@@ -123,6 +122,15 @@ def search(
     if best.after is not None and best.after < before:
         return best._replace(reason="better")
     return best._replace(weights=None)
+
+
+def finite(loss: float) -> float:
+    """The loss, and Inf for all that is none: NaN and -Inf are no better than it.
+
+    >>> finite(float("-inf"))
+    inf
+    """
+    return loss if math.isfinite(loss) else math.inf
 
 
 SHORT, TOLERANCE = 0.02, 0.1  # of a step; of its slope
@@ -175,7 +183,7 @@ def follow(
     def lower(length: float) -> bool:
         nonlocal best
         weights = _along(step, length, saved, ranks)
-        loss = math.inf if weights is None else evaluate(weights)
+        loss = math.inf if weights is None else finite(evaluate(weights))
         if not loss < (math.inf if best.after is None else best.after):
             return False
         best = Found(best.reason, before, loss, Candidate("secants", 1.0, {"rank": step.pairs}), None, weights)

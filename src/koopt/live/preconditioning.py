@@ -33,7 +33,7 @@ def by_matrices(optimizer: torch.optim.Optimizer, ranks: Ranks | None = None) ->
     True
     """
     held = any(_has_matrix(parameter, state) for parameter, state in optimizer.state.items() if isinstance(state, dict))
-    return bool(exchange.first(torch.tensor(float(held)), ranks)) if ranks is not None else held
+    return bool(exchange.first(torch.tensor(float(held), device="cpu"), ranks)) if ranks is not None else held
 
 
 def _has_matrix(parameter: torch.Tensor, state: dict[str, Any]) -> bool:

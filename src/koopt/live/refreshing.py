@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from koopt.live.guard import undisturbed
+from koopt.live.guard import stored_once, undisturbed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,11 +25,11 @@ def refreshed(refresh: Callable[[], object], model: nn.Module) -> dict[str, Tens
     """
     with undisturbed(model):
         refresh()
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return {name: stored_once(buffer).clone() for name, buffer in model.named_buffers()}
 
 
 @torch.no_grad()
 def write_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, buffer in model.named_buffers():
         if name in values:
-            buffer.copy_(values[name])
+            stored_once(buffer).copy_(values[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,10 +55,18 @@ def require_fits(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             given = settings.get(name)
             # dicts are equal in any order, but the columns of the snapshots are not
             if given != value or (isinstance(given, dict) and list(given) != list(value)):
-                raise ValueError(
-                    f"state: recorded with {name}={given!r}, this run has {name}={value!r}; make them the same"
-                )
+                raise ValueError(f"state: {_difference(name, given, value)}; make them the same")
     _require_like(state, own, "state")
+
+
+def _difference(name: str, given: Any, own: Any) -> str:
+    """What differs, in few words: of all shapes the first, by place."""
+    if isinstance(given, dict) and isinstance(own, dict):
+        pairs = zip_longest(given.items(), own.items())
+        there, here = next((a, b) for a, b in pairs if a != b)
+        shown = [f"{one[0]!r} of shape {one[1]}" if one else "no parameter more" for one in (there, here)]
+        return f"recorded with {shown[0]} where this run has {shown[1]}"
+    return f"recorded with {name}={given!r}, this run has {name}={own!r}"
 
 
 def _require_like(given: Any, own: Any, where: str) -> None:

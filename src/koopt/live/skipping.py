@@ -1,4 +1,4 @@
-"""Steps of an optimizer that moved nothing, which are not recorded."""
+"""Where an optimizer moves nothing: steps that are not recorded, parameters that stay."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from jaxtyping import Float
     from torch import Tensor
 
@@ -37,3 +39,16 @@ def moving(optimizer: torch.optim.Optimizer, snapshots: Float[Tensor, "time stat
     if not isinstance(found, torch.Tensor) or found.device.type == "cpu":
         return list(range(len(snapshots)))
     return [i for i in range(len(snapshots)) if i == 0 or not torch.equal(snapshots[i], snapshots[i - 1])]
+
+
+def frozen(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> list[bool]:
+    """Which parameters it does not move now: frozen, at rate 0, or in none of its groups.
+
+    >>> parameter = torch.ones(1, requires_grad=True)
+    >>> optimizer = torch.optim.SGD([parameter], lr=0.1)
+    >>> frozen(optimizer, [parameter]), frozen(optimizer, [parameter.requires_grad_(False)])
+    ([False], [True])
+    """
+    groups = [group for group in optimizer.param_groups if bool(group.get("lr", 1.0) != 0)]
+    trained = {parameter for group in groups for parameter in group["params"] if parameter.requires_grad}
+    return [parameter not in trained for parameter in parameters]

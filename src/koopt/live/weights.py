@@ -64,6 +64,7 @@ class Weights:
         sharding.reshard(self._sharding)  # else the next forward pass would take whole weights of before
         # one call, which Ctrl-C cannot cut in two
         torch._foreach_copy_(self.parameters, list(values))  # pyright: ignore[reportPrivateImportUsage]
+        torch.clear_autocast_cache()  # else a forward pass within the same region would take copies of before
 
     @contextlib.contextmanager
     def holding(self, who: str) -> Iterator[list[Tensor]]:
