@@ -77,16 +77,45 @@ def test_no_module_shares_a_public_name():
     assert not modules & set(koopt.__all__)
 
 
-def test_the_readme_runs():
-    """Its Python examples, as they stand, on a small model."""
+class Training:
+    """A loader whose iteration trains: the README leaves the training step to its reader."""
+
+    def __init__(self, model, optimizer):
+        self.model, self.optimizer = model, optimizer
+        self.x = torch.linspace(-1, 1, 24).reshape(8, 3)
+        self.y = self.x.sin().sum(dim=1, keepdim=True)
+
+    def loss(self, model):
+        return torch.nn.functional.mse_loss(model(self.x), self.y)
+
+    def __iter__(self):
+        for _ in range(1001):
+            self.optimizer.zero_grad()
+            self.loss(self.model).backward()
+            self.optimizer.step()
+            yield self.x, self.y
+
+
+def test_the_readme_runs_and_its_jump_by_hand_is_put_back():
+    """Its Python examples, as they stand, on a small model, where the jump by hand would raise the loss."""
+    torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1))
     optimizer = torch.optim.Adam(model.parameters())
+    training = Training(model, optimizer)
     state, snapshots = torch.rand(4, 5), torch.rand(4, 8, 5)
-    names = {"koopt": koopt, "model": model, "optimizer": optimizer, "snapshots": snapshots, "state": state}
-    names["loader"] = [(None, None)] * 1001
-    names |= {"loss_fn": torch.nn.functional.mse_loss, "x_guard": torch.rand(4, 3), "y_guard": torch.rand(4, 1)}
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
+    names = {"model": model, "optimizer": optimizer, "loader": training, "snapshots": snapshots, "state": state}
+    names |= {"loss_fn": torch.nn.functional.mse_loss, "x_guard": training.x, "y_guard": training.y}
+    names["validate"] = lambda model: training.loss(model).item()
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks[:2]:
         exec(block, names)
-    assert len(names["traj"]) == 5
+    assert names["koop"].steps == 2 * 1001
+    assert any(jump.accepted for jump in names["koop"].jumps)
+    assert training.loss(model).item() == names["before"]
+    assert all(torch.equal(p, names["kept"][name]) for name, p in model.named_parameters())
+    koopt.load_into(model, names["traj"].forecast(2_500, difference=True, rank=6))
+    assert training.loss(model).item() > names["before"]
+    for block in blocks[2:]:
+        exec(block, names)
+    assert len(names["traj"]) == 11
