@@ -383,7 +383,9 @@ def test_steps_to_infinity_reach_the_fixed_point():
     ("by", "max_size"), [("weight", None), ("node", None), ("node", 3), ("layer", None), ("network", None)]
 )
 @pytest.mark.parametrize(("method", "options"), METHOD_OPTIONS, ids=str)
-def test_forecasts_are_the_rules_applied_to_each_patch(method, options, by, max_size):
+@pytest.mark.parametrize("slab", [1, 60, module.SLAB])
+def test_forecasts_are_the_rules_applied_to_each_patch(method, options, by, max_size, slab, monkeypatch):
+    monkeypatch.setattr(module, "SLAB", slab)
     model, traj = wandered(17, window=5, stride=3)
     snapshots, columns = traj.snapshots(), [p.numel() for p in model.parameters()]
     named = dict(model.named_parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from functools import cache
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from koopt.partitions import Labels
 
+SLAB = 2**22  # numbers of a window that are fitted at a time, each in several float64 copies
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -380,8 +382,15 @@ class Trajectory:
 
 
 def _continue(patches: Tensor, horizon: float, method: str, options: Mapping[str, Any]) -> Tensor:
-    """The forecast `(patches, state)` of patches `(time, patches, state)`."""
-    window = patches.transpose(0, 1)
+    """The forecast `(patches, state)` of patches `(time, patches, state)`, a slab of them at a time."""
+    time, count, state = patches.shape
+    # errors of an infinite horizon name patches, so there it is all at once
+    together = count if math.isinf(horizon) else max(1, SLAB // (time * state))
+    slabs = [_continue_slab(slab.transpose(0, 1), horizon, method, options) for slab in patches.split(together, dim=1)]
+    return torch.cat(slabs) if len(slabs) > 1 else slabs[0]
+
+
+def _continue_slab(window: Tensor, horizon: float, method: str, options: Mapping[str, Any]) -> Tensor:
     if method != "koopman":
         return linalg.combine(METHODS[method](window, horizon, **options), window)
     fit_options = {name: value for name, value in options.items() if name != "max_modulus"}
