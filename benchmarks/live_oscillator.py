@@ -11,10 +11,12 @@ import argparse
 import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
 import koopt
+from koopt import plot
 from koopt.experiments import oscillator
 from koopt.live.candidates import gain
 
@@ -51,7 +53,11 @@ def run(
         cost += 1
     seconds = time.perf_counter() - started
     if koop is not None and figure is not None:
-        koop.report(figure)
+        drawn = koop.report()
+        reached = target is not None and best <= target
+        ends = f", stopped where it reached the plain run's final loss of {target:.2e}" if reached else ""
+        drawn.suptitle(f"A run of {steps:,} steps{ends}", fontsize=12)
+        plot.save(drawn, Path(figure))
     jumps = [] if koop is None else koop.jumps
     evaluations = sum(jump.evaluations for jump in jumps)
     return {

@@ -562,6 +562,62 @@ def test_figures(bowls):
     assert ends == {"a": 1.0, "b": 0.5}
 
 
+def test_figures_call_methods_as_the_tables_do():
+    from matplotlib.figure import Figure
+
+    names = ["koopt", "dema", "line-copy", "guarded", "koopt-secants", "mine"]
+    ax = figures.target_shares(Figure().subplots(), {name: [(0.5, 0.4, 0.6)] for name in names}, ["all"], "share")
+    shown = [label.get_text().replace("\n", " ") for label in ax.get_yticklabels()]
+    assert shown == [
+        "koopt",
+        "double EMA",
+        "straight line, horizon by the guard",
+        "tuned optimizer without the guard's examples",
+        "koopt, history=50",
+        "mine",
+    ]
+    assert [label.get_fontweight() for label in ax.get_yticklabels()] == ["bold", *["normal"] * 5]
+
+
+def profiles():
+    """Nine methods, each the better the earlier, with koopt and the baseline last."""
+    names = [*"abcdefg", "optimizer", "koopt"]
+    return {name: np.array([1.0 + 0.3 * i, 2.0 + 0.3 * i, math.inf]) for i, name in enumerate(names)}
+
+
+def curves():
+    """The same as loss curves."""
+    return {name: np.geomspace(1, row[0] / 10, 50)[None] for name, row in profiles().items()}
+
+
+@pytest.mark.parametrize("kind", ["profile", "curves"])
+def test_many_methods_are_told_apart(kind):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    if kind == "profile":
+        ax = figures.performance_profile(figure.subplots(), profiles())
+    else:
+        ax = figures.loss_curves(figure.subplots(), np.arange(50.0), curves(), [0.3], "steps")
+    figure.canvas.draw()
+    handles, labels = ax.get_legend_handles_labels()
+    assert labels == ["a", "b", "c", "d", "tuned optimizer", "koopt", "e", "f", "g"]
+    looks = [(line.get_color(), str(line.get_linestyle()), line.get_marker()) for line in handles]
+    assert len(set(looks)) == len(looks)
+    letters = [line.get_marker() for line in handles[-3:]]
+    assert [text.get_text() for text in ax.texts] == letters == [rf"$\mathrm{{{letter}}}$" for letter in "ABC"]
+    grey = [line for line in ax.lines if line.get_color() == figures.GREY and len(line.get_xdata())]
+    for line, text in zip(grey, ax.texts, strict=True):  # each letter stands on its line
+        places = (ax.transScale + ax.transLimits).transform(line.get_xydata())
+        assert figures._distance(np.array([text.get_position()]), densely(places)) < 0.01
+
+
+def densely(corners):
+    """Places on the straight lines between these."""
+    at = np.linspace(0, len(corners) - 1, 200 * len(corners))
+    return np.stack([np.interp(at, np.arange(len(corners)), side) for side in corners.T], axis=1)
+
+
 @pytest.fixture
 def own(monkeypatch):
     """The command knows this file's tasks and methods."""

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from koopt import plot
-from koopt.experiments import panels
+from koopt.experiments import figure2, panels
+from koopt.live.jumps import Jump
 
 STEPS = np.arange(0, 1001, 50)
 RNG = np.random.default_rng(0)
@@ -379,7 +380,72 @@ def test_offered_and_achieved_horizons_are_medians_over_seeds():
     assert achieved.tolist() == [100, 900]
     assert offered.tolist() == [0, 300]
     assert list(fixed) == [2500, 2500]
-    assert "share of seeds where 2,500 steps fail" in ax.get_legend_handles_labels()[1]
+    assert "share of seeds where 2,500 steps fail (right)" in ax.get_legend_handles_labels()[1]
+
+
+def test_the_share_that_fails_has_an_axis_of_its_own():
+    figure = matplotlib.figure.Figure()
+    axes = figure.subplots(1, 2)
+    for ax in axes:
+        panels.offered_horizons(ax, **offers([[0], [900], [900]]) | {"failed": np.array([1.0, 0.5, 0.0])})
+    figure.canvas.draw()
+    left, right = (ax for ax in figure.axes if ax not in axes)
+    (shade,) = right.collections
+    assert shade.get_paths()[0].vertices[:, 1].max() == 100
+    assert shade.get_datalim(right.transData).ymin == 0
+    assert right.get_ylim() == (0, 100)
+    assert [label.get_text() for label in right.get_yticklabels()] == ["0 %", "25 %", "50 %", "75 %", "100 %"]
+    assert not any(label.get_visible() and label.get_text() for label in left.get_yticklabels())
+
+
+def test_marks_stand_side_by_side_around_a_line_at_the_step_that_they_aim_at():
+    ax = plot.loss_curves(matplotlib.figure.Figure().subplots(), **losses(LOSS, LOSS[-1], LOSS[-1]))
+    labels = {line.get_label(): line for line in ax.lines}
+    assert set(labels["step aimed at, marks side by side"].get_xdata()) == {800}
+    places = [bars.lines[0].get_xdata()[0] for bars in ax.containers]
+    assert len(set(places)) == 2
+    assert np.mean(places) == 800
+
+
+def test_the_horizon_that_was_chosen_ends_below_the_legend():
+    ax = panels.horizon_sweep(matplotlib.figure.Figure().subplots(), **sweep([-0.04, -0.05, -0.03], [-0.01, 0, 0.1]))
+    lines = {line.get_label(): line for line in ax.lines}
+    assert lines["chosen"].get_ydata()[1] == 0 < ax.get_ylim()[1]
+    assert lines["rank 1"].get_color() == plot.COLORS[1]
+    assert len({str(line.get_color()) for line in lines.values()}) == len(lines) - 1  # chosen and zero are both ink
+
+
+@pytest.mark.parametrize(("entries", "columns"), [(3, 3), (5, 5), (7, 4), (11, 4)])
+def test_one_legend_in_place_of_those_in_the_panels(entries, columns):
+    figure = matplotlib.figure.Figure(layout="constrained")
+    axes = figure.subplots(1, 2)
+    for ax in axes:
+        for i in range(entries):
+            ax.plot([0, 1], label=f"line {i}")
+        ax.legend()
+    figure2.one_legend(figure, list(axes))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"line {i}" for i in range(entries)]
+    assert legend._ncols == columns
+    assert [ax.get_legend() for ax in axes] == [None, None]
+
+
+def jump(step, before, after, accepted):
+    reason = "better" if accepted else "no better"
+    return Jump(step, "koopman", 4, 38.7, before, after, accepted, reason, 0 if before is None else 3, 0.01)
+
+
+def test_attempts_that_are_not_drawn_are_counted():
+    jumps = [jump(10, 3.0, 2.0, True), jump(20, None, None, False), jump(30, 1.5, 1.6, False), jump(40, 1.0, 0.9, True)]
+    axes = matplotlib.figure.Figure().subplots(3)
+    plot.guarded_jumps(axes[0], jumps)
+    assert axes[0].get_title() == "4 attempts: 2 accepted, 1 refused, 1 without a loss, not drawn"
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()][1:] == ["accepted jump", "refused"]
+    plot.guarded_jumps(axes[1], jumps[:2])
+    assert axes[1].get_title() == "2 attempts: 1 accepted, 1 without a loss, not drawn"
+    assert [text.get_text() for text in axes[1].get_legend().get_texts()][1:] == ["accepted jump"]
+    plot.guarded_jumps(axes[2], [])
+    assert axes[2].get_title() == "0 attempts"
 
 
 def test_calibration_counts_what_came_below_what_was_expected():

@@ -42,9 +42,11 @@ def loss_curves(
     ax.fill_between(steps, low, high, color=INK, alpha=0.15, lw=0)
     ax.plot(steps, middle, color=INK, lw=1.5, label="training")
     width = float(steps[-1] - steps[0])
+    for i, step in enumerate(dict.fromkeys(step for step, _ in forecasts.values())):
+        ax.axvline(step, color=INK, lw=0.8, ls=":", label=None if i else "step aimed at, marks side by side")
     for i, ((label, (step, losses)), color) in enumerate(zip(forecasts.items(), COLORS, strict=False)):
         below, value, above = quartiles(losses, axis=0)
-        place = step + (i - (len(forecasts) - 1) / 2) * 0.02 * width  # side by side
+        place = step + (i - (len(forecasts) - 1) / 2) * 0.02 * width  # on one place they would hide each other
         ax.errorbar(
             place, value, [[value - below], [above - value]], fmt="o", ms=5, capsize=3, color=color, label=label
         )
@@ -220,12 +222,21 @@ def guarded_jumps(ax: Axes, jumps: Sequence[Jump]) -> Axes:
     steps, before, after = (np.array([getattr(j, key) for j in taken], float) for key in ("step", "before", "after"))
     ax.vlines(steps, after, before, color=COLORS[0], lw=1.5)
     ax.plot(steps, after, "v", ms=4, color=COLORS[0], label="accepted jump")
-    at = np.array([(jump.step, jump.before) for jump in refused], float).reshape(-1, 2)
-    ax.plot(*at.T, "x", ms=5, color=COLORS[1], label="refused")
+    if refused:
+        ax.plot(
+            *np.array([(jump.step, jump.before) for jump in refused]).T, "x", ms=5, color=COLORS[1], label="refused"
+        )
     if len(path) and path[:, 1].min() > 0:
         ax.set_yscale("log")
     steps_along(ax)
-    ax.set(xlabel="optimizer step", ylabel="loss of the guard", title=f"{len(taken)} of {len(jumps)} attempts accepted")
+    counts = {
+        "accepted": len(taken),
+        "refused": len(refused),
+        "without a loss, not drawn": len(jumps) - len(seen),
+    }
+    about = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    ax.set(xlabel="optimizer step", ylabel="loss of the guard")
+    ax.set_title(f"{len(jumps)} attempts{about and f': {about}'}", fontsize=11)
     ax.legend(fontsize=9, frameon=False)
     return ax
 

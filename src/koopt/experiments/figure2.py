@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def draw(settings: Settings, recorded: recording.Recording, found: dict[Method, Forecast], folder: Path) -> str:
     """Figure 2 (S5, S6) for one optimizer; returns the file's name."""
-    figure = matplotlib.figure.Figure(figsize=(13, 8.4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(12, 8.4), layout="constrained")
     axes = figure.subplots(2, 3)
     shown = drawn(found)
     horizon, last = settings.horizons[0], settings.steps - settings.t2
@@ -34,7 +34,7 @@ def draw(settings: Settings, recorded: recording.Recording, found: dict[Method, 
     }
     plot.loss_curves(axes[0, 0], steps, recorded.loss[steps] / recorded.loss[t2], (settings.t1, t2), points)
     axes[0, 0].set_ylabel("loss / loss at $t_2$ (median, quartiles)")
-    axes[0, 0].set_title(f"b  Loss, jump of T = {horizon:,}", loc="left")
+    axes[0, 0].set_title(f"a  Loss, jump of T = {horizon:,}", loc="left", fontsize=11)
 
     shares = {}
     for t in settings.horizons[:2]:  # more have no place
@@ -43,7 +43,7 @@ def draw(settings: Settings, recorded: recording.Recording, found: dict[Method, 
             name = {"baseline": "line", "paper": "node", "recommended": "recom-\nmended"}[m.setting]
             shares[f"T={t / 1000:g}k\n{name}"] = equivalent.numpy() / t, censored.numpy()
     plot.equivalent_steps(axes[0, 1], shares, colors=plot.COLORS[: len(shown)])
-    axes[0, 1].set_title("c  Equivalent steps, one mark a seed", loc="left")
+    axes[0, 1].set_title("b  Equivalent steps, one mark a seed", loc="left", fontsize=11)
 
     best = next(m for m in shown if m.setting == "recommended")
     ahead = sorted(found[best].weights)
@@ -53,24 +53,24 @@ def draw(settings: Settings, recorded: recording.Recording, found: dict[Method, 
     few = order[[-1, -4, len(order) // 2, -12, len(order) // 4, -24]]
     jumps = np.stack([found[best].weights[a][0].numpy() for a in ahead]) - recorded.trail[t2 // every, 0]
     plot.weight_paths(axes[0, 2], trail, kept[:, few], t2, t2 + np.array(ahead), jumps[:, few])
-    axes[0, 2].set_title("d  Six weights of one seed, recommended", loc="left")
+    axes[0, 2].set_title("c  Six weights of one seed, recommended", loc="left", fontsize=11)
 
     start, truth = weights_at(recorded, t2), weights_at(recorded, t2 + horizon)
     moved = (truth - start).abs().flatten().numpy()
     errors = {label_of(m): (moved, (found[m].weights[horizon] - truth).abs().flatten().numpy()) for m in shown}
     plot.error_against_motion(axes[1, 0], errors)
-    axes[1, 0].set_title(f"e  All weights of all seeds, T = {horizon:,}", loc="left")
+    axes[1, 0].set_title(f"d  All weights of all seeds, T = {horizon:,}", loc="left", fontsize=11)
 
     plot.error_growth(axes[1, 1], path(settings), errors_ahead(settings, recorded, found))
-    axes[1, 1].set_title(f"f  Error up to {last:,} steps ahead", loc="left")
+    axes[1, 1].set_title(f"e  Error up to {last:,} steps ahead", loc="left", fontsize=11)
 
     spectra = {label_of(m): values.numpy() for m in shown if (values := found[m].eigenvalues) is not None}
     plot.eigenvalues(axes[1, 2], spectra, zoom=_surroundings_of_one(spectra))
     axes[1, 2].set_xlabel(r"Re $\lambda$ (of one snapshot step)")
-    axes[1, 2].set_title("g  Eigenvalues, all seeds", loc="left")
+    axes[1, 2].set_title("f  Eigenvalues, all seeds", loc="left", fontsize=11)
     one_legend(figure, [axes[0, 0], axes[1, 0], axes[1, 1], axes[1, 2]])
     figure.suptitle(
-        f"DE solver, {recorded.run.optimizer.capitalize()}, {settings.seeds} seeds, "
+        f"After Figure 2 of the paper: DE solver, {recorded.run.optimizer.capitalize()}, {settings.seeds} seeds, "
         f"$t_1$ = {settings.t1:,}, $t_2$ = {t2:,}"
     )
     return save(figure, folder, f"figure2-{recorded.run.optimizer}.png")
@@ -94,7 +94,7 @@ def one_legend(figure: Any, axes: list[Any]) -> None:
         list(entries.values()),
         list(entries),
         loc="outside lower center",
-        ncols=len(entries),
+        ncols=-(-len(entries) // -(-len(entries) // 5)),  # rows of about the same length
         fontsize=10,
         frameon=False,
     )

@@ -11,7 +11,7 @@ import torch
 import koopt
 from koopt import linalg, metrics, plot
 from koopt.experiments import classifier, panels
-from koopt.experiments.figure2 import save
+from koopt.experiments.figure2 import one_legend, save
 from koopt.forecasters import ensemble
 
 if TYPE_CHECKING:
@@ -34,8 +34,11 @@ def draw(
 
     `measured` is, by protocol and method, the loss and accuracy of each seed's forecast.
     """
-    figure = matplotlib.figure.Figure(figsize=(13, 8.2), layout="constrained")
-    axes = figure.subplots(2, 3)
+    figure = matplotlib.figure.Figure(figsize=(12, 8.6), layout="constrained")
+    rows = figure.subfigures(2, 1, squeeze=False)[
+        :, 0
+    ]  # each with a margin of its own: the names of the lower row are long
+    axes = np.stack([row.subplots(1, 3) for row in rows])
     run = settings.run
     validation, test = protocols
     found = measured["test"]
@@ -55,8 +58,8 @@ def draw(
         }
         panels.epoch_curves(axis, epochs, curve, (run.t1, run.t2), points)
         axis.set_ylabel(f"{protocol.name} {name} (median, quartiles)")
-    axes[0, 0].set_title("b  Validation loss and the forecasts", loc="left")
-    axes[0, 1].set_title("c  Test accuracy and the forecasts", loc="left")
+    axes[0, 0].set_title("a  Validation loss and the forecasts", loc="left", fontsize=11)
+    axes[0, 1].set_title("b  Test accuracy and the forecasts", loc="left", fontsize=11)
 
     shares = {}
     for label, m in zip(
@@ -66,7 +69,7 @@ def draw(
         shares[label] = steps.numpy() / run.horizon, censored.numpy()
     top = (settings.epochs - run.t2) / run.ahead
     plot.equivalent_steps(axes[0, 2], shares, top=top)
-    axes[0, 2].set_title("d  Equivalent steps, test set", loc="left")
+    axes[0, 2].set_title("c  Equivalent steps, test set", loc="left", fontsize=11)
 
     gains = {
         label_of(m): ((measured["validation"][m][0] - validation.loss[run.t2]) / validation.loss[run.t2]).numpy()
@@ -74,20 +77,21 @@ def draw(
         if m.method != "last"
     }
     panels.paired_changes(axes[1, 0], gains, bold=label_of(best))
-    axes[1, 0].set_title("e  Validation loss against that at $t_2$", loc="left")
+    axes[1, 0].set_title("d  Validation loss against that at $t_2$", loc="left", fontsize=11)
 
     sweep = _sweep(settings, groups, validation)
     panels.horizon_sweep(axes[1, 1], *sweep, mark=_beyond(best.horizon, run))
-    axes[1, 1].set_title("f  How far ahead to aim", loc="left")
+    axes[1, 1].set_title("e  How far ahead to aim", loc="left", fontsize=11)
 
     spectra = {
         "quasi-node, every step (paper)": _complex(groups[0].spectrum[0]),
         "network, block means": _network_spectrum(settings, groups),
     }
     plot.eigenvalues(axes[1, 2], spectra, zoom=0.3)
-    axes[1, 2].set_title("g  Eigenvalues: one seed; all seeds", loc="left")
+    axes[1, 2].set_title("f  Eigenvalues: one seed; all seeds", loc="left", fontsize=11)
+    one_legend(figure, [axes[0, 0], axes[0, 1], axes[1, 2]])
     figure.suptitle(
-        f"MNIST, 784:20:20:20:10, Adadelta, batch {run.batch}, {settings.seeds} seeds, "
+        f"After Figure 3 of the paper: MNIST, 784:20:20:20:10, Adadelta, batch {run.batch}, {settings.seeds} seeds, "
         f"window: epochs {run.t1 + 1} to {run.t2}, T = {run.ahead} epochs"
     )
     return save(figure, folder, "figure3.png")

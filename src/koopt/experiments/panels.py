@@ -79,21 +79,21 @@ def horizon_sweep(ax: Axes, ahead: np.ndarray, changes: Mapping[str, np.ndarray]
     Args:
         ax: where to draw.
         ahead: `(horizons,)` epochs.
-        changes: label -> `(horizons,)`.
+        changes: label -> `(horizons,)`, the one that was chosen last.
         mark: the horizon that was chosen.
     """
-    for (label, values), color in zip(changes.items(), COLORS, strict=False):
+    from matplotlib import colormaps
+
+    paths = len(changes) - 1
+    colors = [*colormaps["viridis"](np.linspace(0.15, 0.85, paths)), COLORS[1]]  # the others mean no methods here
+    for (label, values), color in zip(changes.items(), colors, strict=True):
         ax.plot(ahead, 100 * values, "o-", ms=4, lw=1.5, color=color, label=label)
     ax.axhline(0, color=INK, lw=0.8, ls=":")
-    ax.axvline(mark, color=INK, lw=0.8, label="chosen")
     known = [float(value) for values in changes.values() for value in values if np.isfinite(value)]
-    low = 100 * min(known, default=0.0)
-    ax.set(
-        xlabel="epochs ahead",
-        ylabel="change of the mean loss in %",
-        ylim=(1.15 * min(low, -0.1), -0.6 * min(low, -0.1)),
-    )
-    ax.legend(fontsize=9, frameon=False)
+    low = min(100 * min(known, default=0.0), -0.1)
+    ax.plot([mark, mark], [1.15 * low, 0], color=INK, lw=0.8, label="chosen")
+    ax.set(xlabel="epochs ahead", ylabel="change of the mean loss in %", ylim=(1.15 * low, -0.6 * low))
+    ax.legend(fontsize=9, frameon=False, ncols=3, loc="upper center", handlelength=1.5, columnspacing=1.2)
     return ax
 
 
@@ -226,13 +226,21 @@ def offered_horizons(
         steps: `(times,)` optimizer steps at which forecasts were made.
         offered: `(times, seeds)` optimizer steps offered; 0 where refused.
         achieved: `(times, seeds)` optimizer steps that they held.
-        failed: `(times,)` share of the seeds where the fixed horizon fails, shaded from the top.
+        failed: `(times,)` share of the seeds where the fixed horizon fails, shaded, with an axis on the right.
         fixed: the fixed horizon, in optimizer steps.
     """
     share = ax.twinx()
-    share.fill_between(steps, 1 - failed, 1, color=COLORS[1], alpha=0.2, lw=0)
-    share.set(ylim=(0, 1), yticks=[])
-    ax.fill_between([], [], color=COLORS[1], alpha=0.2, lw=0, label=f"share of seeds where {fixed:,} steps fail")
+    share.fill_between(steps, 0, 100 * failed, color=COLORS[1], alpha=0.2, lw=0)
+    share.set(ylim=(0, 100), yticks=range(0, 101, 25), ylabel="share that fails")
+    share.yaxis.set_major_formatter("{x:.0f} %")
+    share.yaxis.label.set_color(COLORS[1])
+    share.tick_params(axis="y", colors=COLORS[1])
+    share.label_outer()
+    ax.set_zorder(share.get_zorder() + 1)  # lines on top of the shade
+    ax.patch.set_visible(False)
+    ax.fill_between(
+        [], [], color=COLORS[1], alpha=0.2, lw=0, label=f"share of seeds where {fixed:,} steps fail (right)"
+    )
     for values, color, label in ((achieved, INK, "achieved"), (offered, COLORS[0], "offered")):
         low, middle, high = quartiles(values, axis=1)
         ax.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)

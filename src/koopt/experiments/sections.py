@@ -133,7 +133,7 @@ SECTIONS = {
         "and move them T steps on; the jump is compared with the training that it replaces.",
         {"": ("", RESULTS)},
         {
-            "figure2-adam": "Figure 2 of the paper, panels b to g, with Adam.",
+            "figure2-adam": "After Figure 2 of the paper, with Adam.",
             "figure2-adagrad": "The same with Adagrad (Figures S5 and S6 of the supplement show other optimizers).",
             "figure2-adadelta": "The same with Adadelta.",
             "error-ahead": "Not in the paper: the error of the weights against how far ahead the jump goes.",
@@ -146,7 +146,7 @@ SECTIONS = {
         "data are seen once, at the end. T_eq is read from the loss at the end of each epoch, straight between them; "
         "“by first dip” takes the first of twenty evaluations an epoch that is as low, which noise brings early.",
         {"": ("", MNIST)},
-        {"figure3": "Figure 3 of the paper, panels b to g, with two baselines and how far ahead to aim."},
+        {"figure3": "After Figure 3 of the paper, with two baselines and how far ahead to aim."},
     ),
     "perceptron": Section(
         "Perceptron",
