@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -499,6 +500,13 @@ def test_damaged_trials_are_refused(bowls, tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match="is damaged; delete it"):
             kept.get(way, 0)
+
+
+def test_what_a_method_takes_from_koopt_counts_as_its_source():
+    from koopt.bench.methods import jumping
+
+    taken = {path.name for path in trials._taken_from_koopt(Path(jumping.__file__))}
+    assert taken == {"forecasters.py", "budget.py", "candidates.py", "guard.py", "window.py"}
 
 
 def test_changed_sources_are_told(bowls, monkeypatch):

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, int, int], None]
 
-ENGINE = ("live/*.py", "forecasters.py", "least_squares.py", "linalg.py", "operator.py")  # koopt's part in a run
+# koopt's part in a run of one process
+ENGINE = ("live/*.py", "forecasters.py", "least_squares.py", "linalg.py", "operator.py", "reductions.py")
 
 
 @dataclass(frozen=True)
@@ -223,11 +224,11 @@ def _source_of_engine() -> str:
 
 
 def _sources(task: Task, way: Way) -> dict[str, str]:
-    """Digests of the code that a trial depends on."""
-    start = way.trainer.start if way.observer is None else way.observer.start
+    """Digests of the code that a trial depends on; of a method also of what it takes from koopt itself."""
+    own = _file_of(way.trainer.start if way.observer is None else way.observer.start)
     return {
         f"task {task.name}": _digest(_file_of(task.problem)),
-        f"method {way.method}": _digest(_file_of(start)),
+        f"method {way.method}": _digest(own, *_taken_from_koopt(own)),
         "bench/run.py": _digest(Path(__file__).with_name("run.py")),  # what is counted and timed, and how
     }
 
@@ -236,6 +237,19 @@ def _file_of(function: Any) -> Path:
     while isinstance(function, functools.partial):
         function = function.func
     return Path(sys.modules[function.__module__].__file__ or "")
+
+
+@functools.cache
+def _taken_from_koopt(path: Path) -> tuple[Path, ...]:
+    """The modules outside of the benchmark that a file imports from."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        package, *parts = (node.module or "").split(".") if isinstance(node, ast.ImportFrom) else [""]
+        if package == "koopt" and parts[:1] != ["bench"]:
+            whole = Path(koopt.__file__).parent.joinpath(*parts)
+            listed = [whole.with_suffix(".py"), *(whole / f"{name.name}.py" for name in node.names)]
+            found.update(one for one in listed if one.is_file())
+    return tuple(sorted(found))
 
 
 @functools.cache
