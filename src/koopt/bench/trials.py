@@ -244,7 +244,9 @@ def _taken_from_koopt(path: Path) -> tuple[Path, ...]:
     """The modules outside of the benchmark that a file imports from."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        package, *parts = (node.module or "").split(".") if isinstance(node, ast.ImportFrom) else [""]
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        package, *parts = (node.module or "").split(".")
         if package == "koopt" and parts[:1] != ["bench"]:
             whole = Path(koopt.__file__).parent.joinpath(*parts)
             listed = [whole.with_suffix(".py"), *(whole / f"{name.name}.py" for name in node.names)]
