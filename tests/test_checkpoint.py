@@ -15,8 +15,8 @@ from torch import nn
 import koopt
 from koopt import checkpoint, forecasters
 from koopt.checkpoint import factors, groups, rules, steps, streaming
+from koopt.checkpoint.opening import open_checkpoint
 from koopt.checkpoint.spectrum import by_group, half_life, spectrum_of
-from koopt.checkpoint.stored import open_checkpoint
 
 DECAYS = torch.tensor([1.0, 0.9, 0.7], dtype=torch.float64)  # of the law x_t = c + 0.9^t a + 0.7^t b
 SHAPES = {"first.weight": (6, 5), "first.bias": (6,), "second.weight": (3, 6), "second.bias": (3,), "scale": ()}

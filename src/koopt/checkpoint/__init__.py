@@ -14,14 +14,17 @@ from koopt import linalg
 from koopt.checkpoint import rows, rules, streaming, writing
 from koopt.checkpoint.factors import Accumulator, Factor, Part, measure, needs_qr
 from koopt.checkpoint.groups import Group, Slab, choose, group, require_apart, slabs
+from koopt.checkpoint.opening import open_checkpoint
 from koopt.checkpoint.steps import even_grid, steps_of
-from koopt.checkpoint.stored import Checkpoint, open_checkpoint, require_alike, require_same_names
+from koopt.checkpoint.stored import require_alike, require_same_names
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
+
+    from koopt.checkpoint.stored import Checkpoint
 
 
 @dataclass(frozen=True)

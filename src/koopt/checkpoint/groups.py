@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from koopt.checkpoint.stored import SMALL
-from koopt.partitions import _module_of
+from koopt.partitions import module_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -112,7 +112,7 @@ def group(entries: dict[str, Entry], names: Sequence[str], by: str) -> list[Grou
             raise ValueError(
                 f"{entry.file}: the rows of tensor {name!r} are not stored one after another; take --by layer"
             )
-        found[_module_of(name), rows].append(name)
+        found[module_of(name), rows].append(name)
     return [Group(module or "(top)", tuple(members), rows) for (module, rows), members in found.items()]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,8 +10,8 @@ import torch
 from koopt import linalg
 from koopt.checkpoint.factors import resolution
 from koopt.checkpoint.steps import even_grid
-from koopt.forecasters import METHODS
-from koopt.operator import fit, fit_in_form
+from koopt.forecasters import METHODS, require_options
+from koopt.operator import fit_in_form
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -67,14 +66,7 @@ class Outcome(NamedTuple):
 
 def check(rule: Rule, checkpoints: int, holdout: bool = False) -> None:
     """Refuse what no checkpoint would make right: unknown methods and options, too few of them."""
-    if rule.method not in METHODS:
-        raise ValueError(f"method is {rule.method!r}, expected one of {', '.join(METHODS)}")
-    allowed = options_of(rule.method)
-    for name in rule.options:
-        if name not in allowed:
-            raise TypeError(
-                f'{name} is not an option of method "{rule.method}", which takes {", ".join(allowed) or "none"}'
-            )
+    require_options(rule.method, rule.options)
     if isinstance(rule.ahead, bool) or not isinstance(rule.ahead, (int, float)) or not rule.ahead >= 0:
         raise ValueError(f"ahead is {rule.ahead!r}, expected optimizer steps >= 0 after the last checkpoint, or inf")
     if math.isinf(rule.ahead) and rule.method in (*TIMED, "dema"):
@@ -84,13 +76,6 @@ def check(rule: Rule, checkpoints: int, holdout: bool = False) -> None:
         more = " and one held out" if holdout else ""
         raise ValueError(f"{rule.method} needs at least {least} checkpoints{more}, got {checkpoints}; give more")
     METHODS[rule.method](torch.arange(float(fitted)).unsqueeze(1), 1, **rule.options)  # refuses options out of range
-
-
-def options_of(method: str) -> tuple[str, ...]:
-    """The options that a method takes from the user."""
-    names = inspect.signature(fit if method == "koopman" else METHODS[method]).parameters
-    own = [name for name in names if name not in ("snapshots", "horizon", "times")]
-    return (*own, "max_modulus") if method == "koopman" else tuple(own)
 
 
 def decide(factor: Factor, times: Float[Tensor, " time"], rule: Rule) -> Outcome:
