@@ -251,6 +251,15 @@ def test_a_pt_file_keeps_everything_else(tmp_path):
         assert archive.testzip() is None  # checksums are those of the new bytes
 
 
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
+def test_a_tensor_beside_the_model_is_not_the_model(key, tmp_path):
+    states = [{"loss": torch.tensor(0.5**t), key: law(t), "ema.weight": torch.ones(2) * t} for t in range(5)]
+    found = koopt.forecast_checkpoints(save(tmp_path, states, "pt"), 100, tmp_path / "out.pt")
+    written = torch.load(found.output, weights_only=True)
+    assert miss(written[key], law(5), law(4)) < 1e-4
+    assert (written["loss"], written["ema.weight"].tolist()) == (0.5**4, [4.0, 4.0])
+
+
 def test_metadata_stay_and_the_step_moves_on(tmp_path):
     paths = []
     for t in range(3):

@@ -167,6 +167,18 @@ OTHER_PICKLES = {
     "a list": ([torch.ones(2)], "holds a list, expected a state dict"),
     "no tensors": ({"lr": 0.1}, "no tensors by name"),
     "numbered": ({1: torch.ones(2)}, "named by something other than strings"),
+    "two state dicts": (
+        {"model": {"w": torch.ones(2)}, "state_dict": {"w": torch.ones(2)}},
+        "tensors under 'state_dict' and under 'model'; save one state dict",
+    ),
+    "weights under another key": (
+        {"net": {"w": torch.ones(2)}, "loss": torch.ones(())},
+        "tensors at the top and a dict under 'net'; save the state dict alone or under 'state_dict'",
+    ),
+    "weights deeper": (
+        {"model": {"encoder": {"w": torch.ones(2)}}, "loss": torch.ones(())},
+        "tensors at the top and a dict under 'model'",
+    ),
     "part of a tensor": ({"w": torch.arange(9.0).view(3, 3)[:, 1:]}, "tensor 'w' is not a whole strided tensor"),
     "sparse": ({"w": torch.eye(3).to_sparse()}, "tensor 'w' is not a whole strided tensor"),
 }
