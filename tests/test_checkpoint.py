@@ -74,6 +74,34 @@ def test_equal_to_a_fit_in_memory(kind, dtype, options, tmp_path):
     assert found.step == 1300
 
 
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"rank": 2}, "take --center, --difference or, where a mode grows, --max-modulus 1, or a number of steps"),
+        ({"rank": 1}, "take --center"),
+        ({"max_modulus": 0.9}, "take --center"),
+        ({"by": "layer", "rank": 2}, "take --center"),
+        ({"method": "ensemble"}, "take koopman with --center or --difference, or a number of steps"),
+    ],
+    ids=str,
+)
+def test_a_limit_of_zeros_is_refused(options, remedy, tmp_path):
+    paths = save(tmp_path, [law(t) for t in range(8)])
+    with pytest.raises(ValueError, match=f"ahead is inf, but an operator without eigenvalue 1 .*{remedy}"):
+        koopt.forecast_checkpoints(paths, math.inf, tmp_path / "out.safetensors", **options)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 3}, {"max_modulus": 1.0}, {"center": True}, {"difference": True, "max_modulus": 0.99}], ids=str
+)
+def test_the_limit_of_a_law(options, tmp_path):
+    """The part of the law that stays."""
+    states = [law(t) for t in range(8)]
+    found = koopt.forecast_checkpoints(save(tmp_path, states), math.inf, tmp_path / "out.safetensors", **options)
+    assert miss(load_file(found.output), law(10_000), states[-1]) < 1e-4
+
+
 @pytest.mark.parametrize("kind", ["state", "difference", "center"])
 def test_noise_gets_a_modest_rank_and_a_law_all_of_its_own(kind, tmp_path):
     """As many visible directions as pairs of checkpoints say nothing; fewer are a law."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+RANKS = (2, 3)  # of an ensemble's operators
 RESOLVED = 1e-7  # share of the largest singular value that a Gram matrix of snapshots still shows
 
 
@@ -53,7 +54,7 @@ def koopman(
 def ensemble(
     snapshots: Float[Tensor, "*batch time state"],
     horizon: float,
-    ranks: Sequence[int] = (2, 3),
+    ranks: Sequence[int] = RANKS,
     max_modulus: float | None = 1.0,
 ) -> Float[Tensor, "*batch time"]:
     """The mean of projected Koopman forecasts of several low ranks: for noisy windows, where no one rank is safe.

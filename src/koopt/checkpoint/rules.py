@@ -10,7 +10,7 @@ import torch
 from koopt import linalg
 from koopt.checkpoint.factors import resolution
 from koopt.checkpoint.steps import even_grid
-from koopt.forecasters import METHODS, require_options
+from koopt.forecasters import METHODS, RANKS, require_options
 from koopt.operator import fit_in_form
 
 if TYPE_CHECKING:
@@ -166,6 +166,10 @@ def _coefficients(factor: Factor, times: Tensor, rule: Rule) -> tuple[Tensor, Te
     if abs(horizon - round(horizon)) < 1e-9 * max(1.0, horizon) if math.isfinite(horizon) else False:
         horizon = round(horizon)  # whole steps go by powers
     rows = weights @ factor.rows
+    if rule.method == "ensemble" and math.isinf(horizon):  # one whose limit is zero would halve the weights
+        for rank in rule.options.get("ranks", RANKS):
+            part = METHODS["ensemble"](rows, horizon, **{**rule.options, "ranks": (rank,)})
+            _require_some(part, "koopman with --center or --difference")
     if rule.method != "koopman":
         return METHODS[rule.method](rows, horizon, **rule.options) @ weights, none
     options = dict(rule.options)
@@ -177,7 +181,17 @@ def _coefficients(factor: Factor, times: Tensor, rule: Rule) -> tuple[Tensor, Te
         chosen = (shares == share).nonzero().squeeze(-1)
         for part, found in _operators(rows[chosen], factor.state, min(share, 0.5), options):
             coefficients[chosen[part]], ranks[chosen[part]] = found.coefficients(horizon, max_modulus), found.rank
+    if math.isinf(horizon):
+        _require_some(coefficients, "--center, --difference or, where a mode grows, --max-modulus 1")
     return coefficients @ weights, ranks
+
+
+def _require_some(coefficients: Tensor, instead: str) -> None:
+    """Refuse a limit in which everything has died out: no network is meant by zeros."""
+    if bool((coefficients == 0).all(dim=-1).any()):
+        raise ValueError(
+            f"ahead is inf, but an operator without eigenvalue 1 leads to zeros; take {instead}, or a number of steps"
+        )
 
 
 def _operators(rows: Tensor, state: int, rtol: float, options: Mapping[str, Any]) -> Iterator[tuple[Tensor, Operator]]:
