@@ -173,7 +173,7 @@ OTHER_PICKLES = {
     ),
     "weights under another key": (
         {"net": {"w": torch.ones(2)}, "loss": torch.ones(())},
-        "tensors at the top and a dict under 'net'; save the state dict alone or under 'state_dict'",
+        "tensors at the top and a dict under 'net'; save the state dict alone or under 'model'",
     ),
     "weights deeper": (
         {"model": {"encoder": {"w": torch.ones(2)}}, "loss": torch.ones(())},

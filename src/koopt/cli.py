@@ -148,10 +148,11 @@ def _reproduce_one(given: argparse.Namespace) -> int:
     report.add_command(given.output, _command(given.name, given))
     console = terminal.wide_console()
     for title, columns, listed in _experiment(given.name).tables(settings, rows):
-        console.print(report.table(f"\n{title}", columns, [*listed, *report.paper_row(listed)]))
+        shown = report.table(f"\n{title}", columns, [*listed, *report.paper_row(listed)], console.width)
+        console.print(shown, crop=False)
     for finding in report.findings(given.output):
-        console.print(f"- {finding}", highlight=False)
-    console.print(f"\nfigures and result.json: {given.output}", highlight=False)
+        console.print(f"- {finding}", highlight=False, markup=False)
+    console.print(f"\nfigures and result.json: {given.output}", highlight=False, markup=False)
     return 0
 
 
@@ -211,11 +212,11 @@ def _bench(given: argparse.Namespace) -> int:
         report.add_command(folder, _bench_command(given))
     console = terminal.wide_console()
     for title, columns, listed in results.tables(rows):
-        console.print(report.table(f"\n{title}", columns, listed))
+        console.print(report.table(f"\n{title}", columns, listed, console.width), crop=False)
     for finding in report.findings(folder) if rows else ():
-        console.print(f"- {finding}", highlight=False)
+        console.print(f"- {finding}", highlight=False, markup=False)
     if rows:
-        console.print(f"\nfigures and result.json: {folder}", highlight=False)
+        console.print(f"\nfigures and result.json: {folder}", highlight=False, markup=False)
     for failure in failures:
         print(f"koopt: {_one_line(failure)}", file=sys.stderr)
     return 2 if failures else 0

@@ -224,7 +224,8 @@ def _print(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> N
     from koopt.experiments import report
 
     print(f"\n{title}")
-    terminal.wide_console().print(report.table("", columns, rows[:MOST_LINES]))
+    console = terminal.wide_console()
+    console.print(report.table("", columns, rows[:MOST_LINES], console.width), crop=False)
     if len(rows) > MOST_LINES:
         print(f"... and {len(rows) - MOST_LINES} more groups")
 

@@ -111,7 +111,7 @@ def _state_dict(path: Path, loaded: dict[Any, Any]) -> dict[str, torch.Tensor]:
     inner = [key for key, value in loaded.items() if isinstance(value, dict) and (key in nested or _tensors_of(value))]
     if not full and inner:  # what lies at the top may be a loss, and the weights are in there
         raise ValueError(
-            f"{path}: tensors at the top and a dict under {inner[0]!r}; save the state dict alone or under {NESTED[0]!r}"
+            f"{path}: tensors at the top and a dict under {inner[0]!r}; save the state dict alone or under 'model'"
         )
     if not all(isinstance(name, str) for name in weights):
         raise ValueError(f"{path}: tensors are named by something other than strings; save a state dict")
