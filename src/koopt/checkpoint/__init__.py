@@ -17,6 +17,7 @@ from koopt.checkpoint.groups import Group, Slab, choose, group, require_apart, s
 from koopt.checkpoint.opening import open_checkpoint
 from koopt.checkpoint.steps import even_grid, steps_of
 from koopt.checkpoint.stored import require_alike, require_same_names
+from koopt.names import natural
 
 if TYPE_CHECKING:
     import os
@@ -89,6 +90,8 @@ def plan_of(
     checkpoints = tuple(opened[i] for i in order)
     chosen = [choose(checkpoint, include, exclude) for checkpoint in checkpoints]
     names, last = chosen[-1], checkpoints[-1]
+    if last.kind != "pt":  # a safetensors file does not keep the order of the model
+        names = sorted(names, key=natural)
     if not names:
         raise ValueError(
             f"{last.path}: no floating-point tensor of {len(last.entries)} is let in; widen --include or --exclude"

@@ -174,7 +174,7 @@ def run_spectrum(given: argparse.Namespace) -> int:
         )
     lines = spectrum.by_group(rows)
     figure = Figure(figsize=(9.5, 4.4), layout="constrained")
-    plot.checkpoint_spectra(figure, rows)
+    plot.checkpoint_spectra(figure, rows, given.by)
     given.output.mkdir(parents=True, exist_ok=True)
     plot.save(figure, given.output / "spectrum.png")
     _write(given.output, "spectrum", given, rows, ["spectrum.png"])
