@@ -282,7 +282,8 @@ def _half_lives_along(ax: Axes, shortest: float, longest: float) -> None:
     decades = np.log10(longest / shortest)
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 1.5 else (1.0,), numticks=7))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter("{x:,g}")
+    if decades < 4:  # else powers of ten
+        ax.xaxis.set_major_formatter("{x:,g}")
     ax.set_xlabel("half-life in optimizer steps\n(at the edge: does not decay)")
     ax.grid(axis="x", color=INK, alpha=0.12, lw=0.6)
 
