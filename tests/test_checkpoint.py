@@ -459,3 +459,16 @@ def test_a_sharded_index_is_its_folder(tmp_path):
 def test_rules_of_the_plan():
     assert set(rules.TIMED) | set(rules.TIMELESS) < set(forecasters.METHODS)
     assert checkpoint.streaming.block_bytes(8) % 8 == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    [("safetensors", ["0", "1", "2", "10", "11", "head"]), ("pt", ["head", "10", "2", "0", "1", "11"])],
+)
+def test_layers_come_in_the_order_of_the_model(kind, order, tmp_path):
+    """A .pt file keeps it, a safetensors file does not: there it is that of the numbers in the names."""
+    names = [f"{part}.weight" for part in ("head", "10", "2", "0", "1", "11")]
+    paths = save(tmp_path, [{name: torch.ones(3) * 0.5**t + i for i, name in enumerate(names)} for t in range(4)], kind)
+    _, rows = spectrum_of(paths)
+    assert list(dict.fromkeys(row["group"] for row in rows)) == order
+    assert [row["group"] for row in koopt.forecast_checkpoints(paths, 10, by="layer").rows] == order
