@@ -422,11 +422,30 @@ def test_spectrum_of_a_known_law(tmp_path):
     paths = save(tmp_path, [law(t, torch.float64) for t in range(8)])
     plan, rows = spectrum_of(paths, by="network", rank=3)
     assert [row["real"] for row in rows] == pytest.approx([1.0, 0.9, 0.7], abs=1e-9)
-    assert [row["half_life"] for row in rows] == [None, *(pytest.approx(half_life(x, 100)) for x in (0.9, 0.7))]
-    assert half_life(0.9, 100) == pytest.approx(100 * math.log(0.5) / math.log(0.9))
+    assert [row["half_life"] for row in rows] == [None, *(pytest.approx(half_life(x, 100, 1e-8)) for x in (0.9, 0.7))]
+    assert half_life(0.9, 100, 1e-8) == pytest.approx(100 * math.log(0.5) / math.log(0.9))
     assert rows[0]["residual"] < 1e-9
     assert len(plan.times) == 8
     assert {line["group"] for line in by_group(spectrum_of(paths, rank=2)[1])} == {"first", "second", "(top)"}
+
+
+@pytest.mark.parametrize("options", [{"rank": 3}, {"difference": True, "rank": 2}], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_around_one_is_neither_growth_nor_decay(options, seed, tmp_path):
+    """The same law in three dtypes says the same."""
+    lines = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        (tmp_path / str(dtype)).mkdir()
+        paths = save(tmp_path / str(dtype), [law(t, dtype, seed) for t in range(8)])
+        lines += by_group(spectrum_of(paths, by="network", **options)[1])
+    assert [line["growing"] for line in lines] == [0, 0, 0]
+    assert [line["half_life"] for line in lines] == [pytest.approx(half_life(0.9, 100, 0.0), rel=0.2)] * 3
+
+
+def test_growth_beyond_rounding_is_growth(tmp_path):
+    states = [{name: 1.1**t * w for name, w in law(t, torch.bfloat16).items()} for t in range(8)]
+    [line] = by_group(spectrum_of(save(tmp_path, states), by="network", rank=3)[1])
+    assert line["growing"] == 1
 
 
 def test_a_spectrum_is_that_of_the_operator_in_memory(tmp_path):
