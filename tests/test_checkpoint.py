@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -468,6 +470,37 @@ def test_the_plan_counts_what_is_read(tmp_path):
     assert [s for s in seen if s[0] == "reading"][-1] == ("reading", 4 * bytes_moved, 4 * bytes_moved)
     stage, done, total = seen[-1]
     assert (stage, done) == ("writing", total)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_hundreds_of_checkpoints_need_few_open_files(kind, tmp_path):
+    """With no more handles than a shell gives on some systems."""
+    (tmp_path / "in").mkdir()
+    states = [{"w": torch.full((3, 2), 1 + 0.99**t)} for t in range(600)]
+    paths = [str(path) for path in save(tmp_path / "in", states, kind)]
+    code = (
+        "import resource, sys, koopt; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); "
+        "koopt.forecast_checkpoints(sys.argv[2:], 100, sys.argv[1], method='mean')"
+    )
+    output = tmp_path / f"out.{kind}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(output), *paths], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    expected = torch.stack([state["w"] for state in states]).double().mean(dim=0).float()
+    torch.testing.assert_close(load(output)["w"], expected)
+
+
+@pytest.mark.parametrize("kind", ["folders", "files"])
+def test_files_that_are_not_kept_open_are_read_alike(kind, tmp_path, monkeypatch):
+    states = [law(t) for t in range(5)]
+    if kind == "folders":
+        paths = [folder_of(tmp_path / f"checkpoint-{t}", state, shards=3) for t, state in enumerate(states)]
+    else:
+        paths = save(tmp_path, states)
+    expected = koopt.forecast_checkpoints(paths, 10, by="layer", holdout=True).rows
+    monkeypatch.setattr(streaming, "OPEN", 2)
+    assert koopt.forecast_checkpoints(paths, 10, by="layer", holdout=True).rows == expected
 
 
 def test_a_sharded_index_is_its_folder(tmp_path):
