@@ -308,6 +308,11 @@ NAMES = {
     "two differ": (["2024-01/step_5.pt", "2024-02/step_7.pt"], [5, 7]),
     "epochs": (["a_epoch=3.ckpt", "epoch=4_b.ckpt"], [3, 4]),
     "folders": (["out/checkpoint-500", "out/checkpoint-1000"], [500, 1000]),
+    "steps and epochs": (["step_390_epoch_1.pt", "step_780_epoch_2.pt"], [390, 780]),
+    "epochs and steps": (["epoch=1-step=390.ckpt", "epoch=2-step=780.ckpt"], [390, 780]),
+    "steps that do not differ": (["epoch=1-step=390.ckpt", "epoch=2-step=390.ckpt"], [1, 2]),
+    "the last of them": (["checkpoint_1/iter_20.pt", "checkpoint_1/iteration-30.pt"], [20, 30]),
+    "one step of two runs": (["seed_1/step_100.pt", "seed_2/step_100.pt"], [100, 100]),
 }
 
 
@@ -320,6 +325,33 @@ def test_steps_from_names(case):
 @pytest.mark.parametrize("names", [["a.pt", "b.pt"], ["a.pt", "step_5.pt"], ["1_2.pt", "3_4.pt"]])
 def test_names_that_do_not_tell(names):
     assert steps._from_names(names) is None
+
+
+def test_the_same_step_of_two_runs_is_refused(tmp_path):
+    paths = []
+    for seed in (1, 2):
+        (tmp_path / f"seed_{seed}").mkdir()
+        paths += save(tmp_path / f"seed_{seed}", [law(0, seed=seed)])
+    with pytest.raises(ValueError, match=r"seed_2/step_100.safetensors: step 100 is that of .*seed_1/step_100"):
+        koopt.forecast_checkpoints(paths, 100, method="mean")
+
+
+def test_the_checkpoint_without_a_step_is_named(tmp_path):
+    paths = save(tmp_path, [law(t) for t in range(4)])
+    paths[2] = paths[2].rename(tmp_path / "best.safetensors")
+    with pytest.raises(ValueError, match=r"best.safetensors: no step in its name or metadata"):
+        koopt.forecast_checkpoints(paths, 100)
+
+
+def test_a_forecast_in_pt_beside_what_it_was_made_from(tmp_path):
+    """Its own step stays that of the last checkpoint: nothing but tensors can be written without unpickling."""
+    paths = save(tmp_path, [{"model": law(t), "step": 10 * t} for t in range(4)], "pt")
+    found = koopt.forecast_checkpoints(paths, 20, tmp_path / "out.pt")
+    assert torch.load(found.output, weights_only=True)["step"] == 30
+    message = r"out.pt: step 30 is that of .*400.pt too; a .pt forecast keeps the step of the checkpoint it was made"
+    with pytest.raises(ValueError, match=message):
+        koopt.forecast_checkpoints([*paths, found.output], 10)
+    assert koopt.forecast_checkpoints([*paths, found.output], 10, method="line", steps=[0, 10, 20, 30, 50]).step == 60
 
 
 def test_line_and_regression_take_time_as_it_is(tmp_path):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import koopt
 from koopt import cli
 from koopt.checkpoint import writing
+from koopt.checkpoint.spectrum import spectrum_of
 from koopt.forecasters import METHODS
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -319,6 +320,13 @@ def test_two_thousand_damaged_files(kind, tmp_path, monkeypatch):
     sound = fuzz.make(tmp_path)
     codes = [fuzz.trial(sound, kind, seed, fuzz.run) for seed in range(500)]
     assert 0 < codes.count(0) < 250
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize("command", [functools.partial(koopt.forecast_checkpoints, ahead=5), spectrum_of])
+def test_patterns_must_be_several(command, option, paths):
+    with pytest.raises(TypeError, match=rf"{option} is 'a.\*', expected several patterns; pass \['a.\*'\]"):
+        command(paths, **{option: "a.*"})
 
 
 def test_paths_must_be_several(tmp_path):

@@ -84,6 +84,9 @@ def plan_of(
     """Open and compare checkpoints; arguments and errors as :func:`forecast_checkpoints`."""
     if isinstance(paths, (str, Path)) or len(paths) < 2:
         raise ValueError(f"paths: expected at least two checkpoints, got {paths!r}; give more")
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise TypeError(f"{name} is {patterns!r}, expected several patterns; pass [{patterns!r}]")
     opened = [open_checkpoint(path) for path in paths]
     times = steps_of(opened, steps)
     order = sorted(range(len(times)), key=times.__getitem__)
@@ -152,7 +155,7 @@ def forecast_checkpoints(
         A :class:`Forecast`: what was done for each group.
 
     Raises:
-        TypeError: if the method has no option of that name.
+        TypeError: if the method has no option of that name, or `include` or `exclude` is one string.
         ValueError: if checkpoints are damaged, do not fit each other or hold NaN, an option is out of range, the
             spacing is too uneven, or no stored motion is above rounding; nothing is written then.
         OSError: if a file cannot be read or written.

@@ -43,7 +43,7 @@ def spectrum_of(
         numbers). A group that does not move has none.
 
     Raises:
-        ValueError, OSError: as :func:`koopt.forecast_checkpoints`.
+        TypeError, ValueError, OSError: as :func:`koopt.forecast_checkpoints`.
     """
     if by not in ("layer", "network"):
         raise ValueError(f"by is {by!r}, expected layer or network")
