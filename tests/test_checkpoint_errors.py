@@ -193,6 +193,43 @@ def test_other_pickles(held, message, tmp_path, capsys):
     assert message in refused(capsys, tmp_path, "forecast", *given, "--ahead", 5, "-o", tmp_path / "out.pt")
 
 
+def tied(t, ties=True):
+    """Weights of which two are one tensor, or not."""
+    weight = torch.full((2, 3), 1.0 + 0.5**t)
+    return {"fc1.weight": weight, "fc2.weight": weight * 2, "head.weight": weight if ties else weight.clone()}
+
+
+@pytest.mark.parametrize(
+    "options", [("--exclude", "head.weight"), ("--exclude", "fc1.*"), ("--include", "fc*")], ids=str
+)
+def test_one_of_tied_tensors_is_not_left_out(options, tmp_path, capsys):
+    for t in range(4):
+        torch.save(tied(t), tmp_path / f"step_{t}.pt")
+    given = ("forecast", *sorted(tmp_path.glob("*.pt")), "--ahead", 5, "-o", tmp_path / "out.pt")
+    line = refused(capsys, tmp_path, *given, *options)
+    assert "is left out, but tied to" in line
+    assert "they are one; let in or leave out both" in line
+    assert run(capsys, *given, "--exclude", "head.weight", "--exclude", "fc1.*")[0] == 0
+    assert torch.equal(torch.load(tmp_path / "out.pt")["head.weight"], tied(3)["head.weight"])
+
+
+def test_tensors_that_were_tied_later(tmp_path, capsys):
+    for t in range(4):
+        torch.save(tied(t, ties=t > 1), tmp_path / f"step_{t}.pt")
+    given = ("forecast", *sorted(tmp_path.glob("*.pt")), "--ahead", 5, "-o", tmp_path / "out.pt")
+    line = refused(capsys, tmp_path, *given)
+    assert f"step_0.pt: tensor 'head.weight' is one of its own, in {tmp_path / 'step_3.pt'} it is tied to" in line
+
+
+def test_tensors_that_were_tied_earlier(tmp_path, capsys):
+    for t in range(4):
+        torch.save(tied(t, ties=t < 2), tmp_path / f"step_{t}.pt")
+    given = ("forecast", *sorted(tmp_path.glob("*.pt")), "--ahead", 1, "-o", tmp_path / "out.pt")
+    assert run(capsys, *given)[0] == 0
+    for name, tensor in torch.load(tmp_path / "out.pt").items():
+        torch.testing.assert_close(tensor, tied(4)[name], rtol=1e-5, atol=1e-5)
+
+
 def test_the_format_before_zip(tmp_path, capsys):
     for t in range(3):
         torch.save(state(t), tmp_path / f"step_{t}.pt", _use_new_zipfile_serialization=False)

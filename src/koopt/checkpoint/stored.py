@@ -39,6 +39,11 @@ class Entry(NamedTuple):
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
 
+    @property
+    def place(self) -> tuple[Path, int, int]:
+        """Which bytes it is; tied tensors share theirs."""
+        return self.file, self.offset, self.nbytes
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -80,13 +85,20 @@ def require_alike(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> No
 
 
 def require_same_names(checkpoints: Sequence[Checkpoint], chosen: Sequence[Sequence[str]]) -> None:
-    """Refuse a checkpoint with chosen tensors that the last one lacks."""
-    known = set(chosen[-1])
+    """Refuse a checkpoint with chosen tensors that the last one lacks, or has tied to others."""
+    last, known = checkpoints[-1], set(chosen[-1])
+    owners = {last.entries[name].place: name for name in chosen[-1]}
     for checkpoint, names in zip(checkpoints[:-1], chosen[:-1], strict=True):
         extra = [name for name in names if name not in known]
+        tied = [name for name in extra if name in last.entries and last.entries[name].place in owners]
+        if tied:
+            raise ValueError(
+                f"{checkpoint.path}: tensor {tied[0]!r} is one of its own, in {last.path} it is tied to "
+                f"{owners[last.entries[tied[0]].place]!r}; give checkpoints that tie the same, or leave both out"
+            )
         if extra:
             raise ValueError(
-                f"{checkpoint.path}: tensor {extra[0]!r} is not in {checkpoints[-1].path}; "
+                f"{checkpoint.path}: tensor {extra[0]!r} is not in {last.path}; "
                 "give checkpoints of one model, or leave it out with --exclude"
             )
 
