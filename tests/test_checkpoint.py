@@ -164,11 +164,11 @@ def test_blocks_and_slabs_do_not_change_the_forecast(tmp_path, monkeypatch):
     paths = save(tmp_path, [law(t) for t in range(5)])
     found = []
     for by in groups.BY:
-        koopt.forecast_checkpoints(paths, 100, tmp_path / "one.safetensors", by=by, rank=3)
+        koopt.forecast_checkpoints(paths, 100, tmp_path / "one.safetensors", by=by, rank=3, overwrite=True)
         with monkeypatch.context() as patched:
             patched.setattr(streaming, "LARGEST", 16)  # four numbers
             patched.setattr(groups, "SLAB", 50)  # two patches
-            koopt.forecast_checkpoints(paths, 100, tmp_path / "two.safetensors", by=by, rank=3)
+            koopt.forecast_checkpoints(paths, 100, tmp_path / "two.safetensors", by=by, rank=3, overwrite=True)
         one, two = (flat(load_file(tmp_path / f"{name}.safetensors")) for name in ("one", "two"))
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
         found.append(one)
@@ -359,8 +359,8 @@ def test_line_and_regression_take_time_as_it_is(tmp_path):
     states = [{"w": torch.tensor([3.0, -2.0]) + t * torch.tensor([0.5, 1.0])} for t in times]
     paths = save(tmp_path, states)
     for method in ("line", "regression"):
-        koopt.forecast_checkpoints(paths, 30, tmp_path / "out.safetensors", method=method, steps=times)
-        torch.testing.assert_close(load_file(tmp_path / "out.safetensors")["w"], torch.tensor([53.0, 98.0]))
+        koopt.forecast_checkpoints(paths, 30, tmp_path / f"{method}.safetensors", method=method, steps=times)
+        torch.testing.assert_close(load_file(tmp_path / f"{method}.safetensors")["w"], torch.tensor([53.0, 98.0]))
 
 
 def test_an_operator_resamples_uneven_steps(tmp_path):

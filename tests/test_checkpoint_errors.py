@@ -143,6 +143,31 @@ def test_an_output_that_is_an_input(paths, tmp_path, capsys):
         assert "this output is an input" in line
 
 
+@pytest.mark.parametrize("command", [(), ("--dry-run",)], ids=["forecast", "dry run"])
+def test_a_file_that_exists_is_replaced_only_by_force(command, paths, tmp_path, capsys):
+    output, broken = tmp_path / "out.safetensors", tmp_path / "broken.safetensors"
+    output.write_bytes(b"mine")
+    broken.symlink_to("nowhere")
+    for place in (output, broken):
+        given = ("forecast", *paths, "--ahead", 5, "-o", place)
+        assert f"{place}: exists already; choose another name" in refused(capsys, tmp_path, *given, *command)
+        assert run(capsys, *given, *command, "--force")[0] == 0
+    if command:
+        assert (output.read_bytes(), broken.is_symlink()) == (b"mine", True)
+    else:
+        assert load_file(output).keys() == load_file(broken).keys() == state(0).keys()
+    assert "is an input" in refused(capsys, tmp_path, "forecast", *paths, "--ahead", 5, "-o", paths[0], "--force")
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)], ids=str)
+def test_an_output_that_is_a_link_to_itself(force, paths, tmp_path, capsys):
+    loop = tmp_path / "loop.safetensors"
+    loop.symlink_to(loop)
+    line = refused(capsys, tmp_path, "forecast", *paths, "--ahead", 5, "-o", loop, *force)
+    assert f"{loop}: " in line
+    assert "choose another name" in line
+
+
 @pytest.mark.parametrize("place", ["", "/inner", "/..", "/../other"])
 def test_folders_in_the_way(place, tmp_path, capsys):
     (tmp_path / "runs").mkdir()
@@ -224,7 +249,7 @@ def test_tensors_that_were_tied_later(tmp_path, capsys):
 def test_tensors_that_were_tied_earlier(tmp_path, capsys):
     for t in range(4):
         torch.save(tied(t, ties=t < 2), tmp_path / f"step_{t}.pt")
-    given = ("forecast", *sorted(tmp_path.glob("*.pt")), "--ahead", 1, "-o", tmp_path / "out.pt")
+    given = ("forecast", *sorted(tmp_path.glob("*.pt")), "--ahead", 1, "-o", tmp_path / "out.pt", "--difference")
     assert run(capsys, *given)[0] == 0
     for name, tensor in torch.load(tmp_path / "out.pt").items():
         torch.testing.assert_close(tensor, tied(4)[name], rtol=1e-5, atol=1e-5)

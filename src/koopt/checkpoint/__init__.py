@@ -129,6 +129,7 @@ def forecast_checkpoints(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     holdout: bool = False,
+    overwrite: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> Forecast:
@@ -148,6 +149,7 @@ def forecast_checkpoints(
         steps: of each path, where neither metadata nor names tell.
         include, exclude: shell patterns of tensor names; what is left out is copied.
         holdout: forecast the last checkpoint from the earlier ones too, and report the errors.
+        overwrite: replace the output if it is a file that exists; a folder is always a new one.
         progress: called with a stage, the bytes done and all of them.
         options: of the method, as in :meth:`koopt.Trajectory.forecast`.
 
@@ -158,7 +160,7 @@ def forecast_checkpoints(
         TypeError: if the method has no option of that name, or `include` or `exclude` is one string.
         ValueError: if checkpoints are damaged, do not fit each other or hold NaN, an option is out of range, the
             spacing is too uneven, or no stored motion is above rounding; nothing is written then.
-        OSError: if a file cannot be read or written.
+        OSError: if a file cannot be read or written, or the output exists.
 
     Source: Dogra & Redman (2020), Algorithm 1, as a combination of snapshots.
 
@@ -177,7 +179,7 @@ def forecast_checkpoints(
     require_grid(plan, rule, holdout)
     place = None if output is None else Path(output)
     if place is not None:
-        writing.require_output(place, plan.checkpoints)
+        writing.require_output(place, plan.checkpoints, overwrite)
     times = torch.tensor(plan.times, dtype=torch.float64)
     found: dict[Slab, tuple[rules.Outcome, tuple[str, ...]]] = {}
     parts: dict[str, list[dict[str, Any]]] = {}

@@ -50,6 +50,7 @@ def add_commands(commands: Any) -> None:
     forecast.add_argument(
         "-o", "--output", type=Path, metavar="PATH", help="file or folder to write, as the inputs are"
     )
+    forecast.add_argument("--force", action="store_true", help="replace the output if it is a file that exists")
     forecast.add_argument("--method", default="koopman", help=f"{', '.join(METHODS)} (%(default)s)")
     forecast.add_argument("--max-modulus", type=float, help="draw larger eigenvalues in to this modulus")
     forecast.add_argument("--holdout", action="store_true", help="first forecast the last checkpoint from the others")
@@ -119,6 +120,7 @@ def run_forecast(given: argparse.Namespace) -> int:
                 given.ahead,
                 given.output,
                 holdout=given.holdout,
+                overwrite=given.force,
                 progress=progress,
                 **chosen,
                 **options,
@@ -147,7 +149,7 @@ def dry_run(given: argparse.Namespace, options: dict[str, Any]) -> str:
     plan = checkpoint.plan_of(given.checkpoints, given.by, **_chosen(given))
     checkpoint.require_grid(plan, rule, given.holdout)
     if given.output is not None:
-        checkpoint.writing.require_output(given.output, plan.checkpoints)
+        checkpoint.writing.require_output(given.output, plan.checkpoints, given.force)
     patches = sum(group.patches for group in plan.groups)
     lines = [f"step {time:>12g}  {one.path}" for time, one in zip(plan.times, plan.checkpoints, strict=True)]
     lines += [
