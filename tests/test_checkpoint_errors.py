@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import koopt
 from koopt import cli
-from koopt.checkpoint import writing
+from koopt.checkpoint import command, writing
 from koopt.checkpoint.spectrum import spectrum_of
 from koopt.forecasters import METHODS
 
@@ -296,7 +297,11 @@ def test_a_full_disk(method, paths, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signals as on Linux")
-def test_ctrl_c_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM"), (signal.SIGHUP, "ended by SIGHUP")],
+)
+def test_an_early_end_leaves_nothing(number, said, tmp_path):
     """In the middle of a pass that waits for a pipe's worth of work."""
     (tmp_path / "in").mkdir()
     given = [str(tmp_path / "in" / f"step_{t}.safetensors") for t in range(4)]
@@ -312,10 +317,50 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, "-o", str(tmp_path / "out.safetensors")], **pipes) as child:
         assert child.stdout.readline().startswith("writing")  # two threads may print at once
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
         _, error = child.communicate(timeout=60)
-    assert (child.returncode, error) == (130, "koopt: interrupted; nothing was written\n")
+    assert (child.returncode, error) == (128 + number, f"koopt: {said}; nothing was written\n")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_nohup_ignores_stays_ignored(paths, tmp_path, capsys):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        told = []
+
+        def tell(*_):
+            told.append(os.kill(os.getpid(), signal.SIGHUP))
+
+        with command._one_line():
+            koopt.forecast_checkpoints(paths, 5, tmp_path / "out.safetensors", progress=tell)
+        assert told
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="closes what a shell does")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed, paths, tmp_path):
+    """Nothing of what is printed gets into a file that takes the place of a stream."""
+    given = [*map(str, paths), "--ahead", "5", "-o", str(tmp_path / "out.safetensors"), "--holdout"]
+    line = shlex.join([sys.executable, "-c", SCRIPT, "forecast", *given])
+    done = subprocess.run(["sh", "-c", f"{line} {closed}"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load_file(tmp_path / "out.safetensors").keys() == state(0).keys()
+    for path, t in zip(paths, range(4), strict=True):
+        assert load_file(path)["count"] == t
+
+
+def test_a_tensor_whose_name_looks_like_markup(tmp_path, capsys):
+    for t in range(4):
+        save_file({"blk[/red].weight": torch.full((2, 3), 1.0 + 0.5**t)}, tmp_path / f"step_{t}.safetensors")
+    given = sorted(tmp_path.glob("*.safetensors"))
+    for words in (("forecast", *given, "--ahead", 1, "--holdout", "--by", "layer"), ("spectrum", *given)):
+        code, out, err = run(capsys, *words, *(("--output", tmp_path / "out") if words[0] == "spectrum" else ()))
+        assert (code, err) == (0, "")
+        assert "blk[/red]" in out
 
 
 def test_forecast_prints_what_it_did(paths, tmp_path, capsys):

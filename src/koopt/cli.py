@@ -29,6 +29,9 @@ HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0, or 2 for bad input with one line on stderr, 1 where no one reads on, 130 after Ctrl-C."""
+    for name in ("stdout", "stderr"):  # closed by the shell: what is printed goes nowhere
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     given = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter still gets the table

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -208,7 +210,13 @@ def _chosen(given: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
-    """What the command line says in one line: options of another method, no convergence, no memory."""
+    """What the command line says in one line: options of another method, no convergence, no memory, an early end."""
+    heard = []
+    if threading.current_thread() is threading.main_thread():  # no other may listen
+        ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        heard = [number for number in ends if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores one
+    for number in heard:
+        signal.signal(number, _end)
     try:
         yield
     except TypeError as error:
@@ -217,9 +225,20 @@ def _one_line() -> Iterator[None]:
         raise ValueError(f"no convergence ({error}); take a lower --rank or --method line") from error
     except MemoryError:
         raise ValueError("not enough memory; see --dry-run for what is needed, and take --by layer") from None
-    except KeyboardInterrupt:
-        print("koopt: interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+        print(f"koopt: {how}; nothing was written", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, _: object) -> NoReturn:
+    """As Ctrl-C does, so that what is half written is removed; once, since a second must not break in on that."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
 
 
 def _print(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> None:
