@@ -423,11 +423,14 @@ def test_the_held_out_checkpoint_is_forecast_from_the_earlier_ones(tmp_path):
     window = torch.stack([flat(state) for state in states])
     motion = (window[-1] - window[-2]).norm()
     row = found.rows[0]
-    assert row["error"] == row["error_line"]
+    assert row["error"] == row["error_line"] == found.error
     assert row["error_line"] == pytest.approx(((2 * window[-2] - window[-3] - window[-1]).norm() / motion).item())
     assert row["error_mean"] == pytest.approx(((window[:-1].mean(dim=0) - window[-1]).norm() / motion).item())
     paths = [one.path for one in found.plan.checkpoints]
     assert koopt.forecast_checkpoints(paths, 100, holdout=True).rows[0]["error"] < 1e-9
+    assert koopt.forecast_checkpoints(paths, 100).error is None
+    by_layer = koopt.forecast_checkpoints(paths, 100, holdout=True, method="line", by="layer")
+    assert by_layer.error == pytest.approx(row["error"])
 
 
 def test_small_motion_beside_large_weights_keeps_its_digits():

@@ -378,6 +378,19 @@ def test_forecast_prints_what_it_did(paths, tmp_path, capsys):
     assert load_file(output)["count"] == 3
 
 
+@pytest.mark.parametrize(("method", "worse"), [("mean", True), ("line", False)])
+def test_a_held_out_error_above_one_is_said(method, worse, tmp_path, capsys):
+    """On a straight line the mean lags behind; of two layers one stands nearly still."""
+    for t in range(5):
+        weights = {"a.weight": torch.full((3,), 1.0 + t), "b.weight": torch.full((3,), 1.0 + 1e-3 * t)}
+        save_file(weights, tmp_path / f"step_{t}.safetensors")
+    given = ("forecast", *sorted(tmp_path.iterdir()), "--ahead", 1, "--holdout", "--by", "layer", "--method", method)
+    code, out, _ = run(capsys, *given)
+    assert code == 0
+    line = "koopt above 1: worse than the last checkpoint as it is; try --difference or --method line\n"
+    assert (line in out) is worse
+
+
 def test_dry_run_writes_nothing(paths, tmp_path, capsys):
     before = contents(tmp_path)
     code, out, _ = run(capsys, "forecast", *paths, "--ahead", 10, "-o", tmp_path / "out.safetensors", "--dry-run")

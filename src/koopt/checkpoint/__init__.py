@@ -66,12 +66,14 @@ class Forecast:
             roundings of the stored numbers, the median patch), `still` (tensors that never changed, and are copied),
             and with a hold-out `error`, `error_mean`, `error_line`: how far the last checkpoint was missed from the
             earlier ones, over how far it is from the one before it, so that no change is 1.
+        error: that of all groups together; None without a hold-out.
     """
 
     plan: Plan
     step: float
     output: Path | None
     rows: tuple[dict[str, Any], ...] = field(repr=False)
+    error: float | None = None
 
 
 def plan_of(
@@ -194,7 +196,8 @@ def forecast_checkpoints(
     if place is not None:
         with writing.targets(plan.checkpoints[-1], place, step) as files:
             _combine(plan, found, files, progress)
-    return Forecast(plan, step, place, reported)
+    whole = rows.row("all", list(chain.from_iterable(parts.values())))
+    return Forecast(plan, step, place, reported, whole.get("error"))
 
 
 def factors_of(

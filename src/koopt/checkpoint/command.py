@@ -137,6 +137,8 @@ def run_forecast(given: argparse.Namespace) -> int:
     )
     if given.holdout:
         print("koopt below 1: the last checkpoint lay where the forecast pointed; its loss is for you to evaluate")
+        if found.error is not None and found.error > 1:
+            print("koopt above 1: worse than the last checkpoint as it is; try --difference or --method line")
     if given.report is not None:
         _write(given.report, "forecast", given, rows, [])
     if found.output is not None:
