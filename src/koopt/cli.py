@@ -32,11 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):  # closed by the shell: what is printed goes nowhere
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-    given = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter still gets the table
     try:
-        status = given.command(given)
+        status = _run(_parser().parse_args(arguments))
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -44,15 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("koopt: interrupted; what is recorded stays, and the same command goes on", file=sys.stderr)
         return 130
-    except ModuleNotFoundError as missing:
-        package, extra = (missing.name or "").partition(".")[0], "bench" if given.command is _bench else "experiments"
-        print(f"koopt: {package} is not installed; pip install 'koopt[{extra}]'", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # whoever reads, as head does, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at the end fails again
         return 1
     except (ValueError, OSError) as error:
         print(f"koopt: {_one_line(str(error))}", file=sys.stderr)
+        return 2
+
+
+def _run(given: argparse.Namespace) -> int:
+    try:
+        return given.command(given)
+    except ModuleNotFoundError as missing:
+        package, extra = (missing.name or "").partition(".")[0], "bench" if given.command is _bench else "experiments"
+        print(f"koopt: {package} is not installed; pip install 'koopt[{extra}]'", file=sys.stderr)
         return 2
 
 
