@@ -62,7 +62,7 @@ def choose(checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequenc
         ValueError: if a tensor that is let in is of a dtype that cannot be combined, or tied to one that is left out.
     """
     chosen, held = [], {}
-    out = [name for name in checkpoint.entries if not _let_in(name, include, exclude)]
+    out = dict.fromkeys(name for name in checkpoint.entries if not _let_in(name, include, exclude))
     for name, entry in checkpoint.entries.items():
         if name in out or not entry.size or name.rpartition(".")[2] in STATISTICS:
             continue
