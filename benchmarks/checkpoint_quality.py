@@ -138,7 +138,7 @@ def measured(name, seed, folder, given):
 def forecast_loss(problem, window, ahead, options, output):
     window = window[-options.pop("window", len(window)) :]
     try:
-        koopt.forecast_checkpoints(window, ahead, output, **options)
+        koopt.forecast_checkpoints(window, ahead, output, overwrite=True, **options)
     except ValueError:  # refused: the last stays
         return loss_at(problem, window[-1])
     return loss_at(problem, output)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,8 +17,8 @@ from torch import nn
 import koopt
 from koopt import checkpoint, forecasters
 from koopt.checkpoint import factors, groups, rules, steps, streaming
+from koopt.checkpoint.opening import open_checkpoint
 from koopt.checkpoint.spectrum import by_group, half_life, spectrum_of
-from koopt.checkpoint.stored import open_checkpoint
 
 DECAYS = torch.tensor([1.0, 0.9, 0.7], dtype=torch.float64)  # of the law x_t = c + 0.9^t a + 0.7^t b
 SHAPES = {"first.weight": (6, 5), "first.bias": (6,), "second.weight": (3, 6), "second.bias": (3,), "scale": ()}
@@ -72,6 +74,34 @@ def test_equal_to_a_fit_in_memory(kind, dtype, options, tmp_path):
     if "rank" not in options:
         assert miss(written, law(12, dtype), states[-1]) < (1e-5 if dtype == torch.float32 else 1e-10)
     assert found.step == 1300
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"rank": 2}, "take --center, --difference or, where a mode grows, --max-modulus 1, or a number of steps"),
+        ({"rank": 1}, "take --center"),
+        ({"max_modulus": 0.9}, "take --center"),
+        ({"by": "layer", "rank": 2}, "take --center"),
+        ({"method": "ensemble"}, "take koopman with --center or --difference, or a number of steps"),
+    ],
+    ids=str,
+)
+def test_a_limit_of_zeros_is_refused(options, remedy, tmp_path):
+    paths = save(tmp_path, [law(t) for t in range(8)])
+    with pytest.raises(ValueError, match=f"ahead is inf, but an operator without eigenvalue 1 .*{remedy}"):
+        koopt.forecast_checkpoints(paths, math.inf, tmp_path / "out.safetensors", **options)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 3}, {"max_modulus": 1.0}, {"center": True}, {"difference": True, "max_modulus": 0.99}], ids=str
+)
+def test_the_limit_of_a_law(options, tmp_path):
+    """The part of the law that stays."""
+    states = [law(t) for t in range(8)]
+    found = koopt.forecast_checkpoints(save(tmp_path, states), math.inf, tmp_path / "out.safetensors", **options)
+    assert miss(load_file(found.output), law(10_000), states[-1]) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["state", "difference", "center"])
@@ -134,11 +164,11 @@ def test_blocks_and_slabs_do_not_change_the_forecast(tmp_path, monkeypatch):
     paths = save(tmp_path, [law(t) for t in range(5)])
     found = []
     for by in groups.BY:
-        koopt.forecast_checkpoints(paths, 100, tmp_path / "one.safetensors", by=by, rank=3)
+        koopt.forecast_checkpoints(paths, 100, tmp_path / "one.safetensors", by=by, rank=3, overwrite=True)
         with monkeypatch.context() as patched:
             patched.setattr(streaming, "LARGEST", 16)  # four numbers
             patched.setattr(groups, "SLAB", 50)  # two patches
-            koopt.forecast_checkpoints(paths, 100, tmp_path / "two.safetensors", by=by, rank=3)
+            koopt.forecast_checkpoints(paths, 100, tmp_path / "two.safetensors", by=by, rank=3, overwrite=True)
         one, two = (flat(load_file(tmp_path / f"{name}.safetensors")) for name in ("one", "two"))
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
         found.append(one)
@@ -251,6 +281,15 @@ def test_a_pt_file_keeps_everything_else(tmp_path):
         assert archive.testzip() is None  # checksums are those of the new bytes
 
 
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
+def test_a_tensor_beside_the_model_is_not_the_model(key, tmp_path):
+    states = [{"loss": torch.tensor(0.5**t), key: law(t), "ema.weight": torch.ones(2) * t} for t in range(5)]
+    found = koopt.forecast_checkpoints(save(tmp_path, states, "pt"), 100, tmp_path / "out.pt")
+    written = torch.load(found.output, weights_only=True)
+    assert miss(written[key], law(5), law(4)) < 1e-4
+    assert (written["loss"], written["ema.weight"].tolist()) == (0.5**4, [4.0, 4.0])
+
+
 def test_metadata_stay_and_the_step_moves_on(tmp_path):
     paths = []
     for t in range(3):
@@ -269,6 +308,11 @@ NAMES = {
     "two differ": (["2024-01/step_5.pt", "2024-02/step_7.pt"], [5, 7]),
     "epochs": (["a_epoch=3.ckpt", "epoch=4_b.ckpt"], [3, 4]),
     "folders": (["out/checkpoint-500", "out/checkpoint-1000"], [500, 1000]),
+    "steps and epochs": (["step_390_epoch_1.pt", "step_780_epoch_2.pt"], [390, 780]),
+    "epochs and steps": (["epoch=1-step=390.ckpt", "epoch=2-step=780.ckpt"], [390, 780]),
+    "steps that do not differ": (["epoch=1-step=390.ckpt", "epoch=2-step=390.ckpt"], [1, 2]),
+    "the last of them": (["checkpoint_1/iter_20.pt", "checkpoint_1/iteration-30.pt"], [20, 30]),
+    "one step of two runs": (["seed_1/step_100.pt", "seed_2/step_100.pt"], [100, 100]),
 }
 
 
@@ -283,13 +327,40 @@ def test_names_that_do_not_tell(names):
     assert steps._from_names(names) is None
 
 
+def test_the_same_step_of_two_runs_is_refused(tmp_path):
+    paths = []
+    for seed in (1, 2):
+        (tmp_path / f"seed_{seed}").mkdir()
+        paths += save(tmp_path / f"seed_{seed}", [law(0, seed=seed)])
+    with pytest.raises(ValueError, match=r"seed_2/step_100.safetensors: step 100 is that of .*seed_1/step_100"):
+        koopt.forecast_checkpoints(paths, 100, method="mean")
+
+
+def test_the_checkpoint_without_a_step_is_named(tmp_path):
+    paths = save(tmp_path, [law(t) for t in range(4)])
+    paths[2] = paths[2].rename(tmp_path / "best.safetensors")
+    with pytest.raises(ValueError, match=r"best.safetensors: no step in its name or metadata"):
+        koopt.forecast_checkpoints(paths, 100)
+
+
+def test_a_forecast_in_pt_beside_what_it_was_made_from(tmp_path):
+    """Its own step stays that of the last checkpoint: nothing but tensors can be written without unpickling."""
+    paths = save(tmp_path, [{"model": law(t), "step": 10 * t} for t in range(4)], "pt")
+    found = koopt.forecast_checkpoints(paths, 20, tmp_path / "out.pt")
+    assert torch.load(found.output, weights_only=True)["step"] == 30
+    message = r"out.pt: step 30 is that of .*400.pt too; a .pt forecast keeps the step of the checkpoint it was made"
+    with pytest.raises(ValueError, match=message):
+        koopt.forecast_checkpoints([*paths, found.output], 10)
+    assert koopt.forecast_checkpoints([*paths, found.output], 10, method="line", steps=[0, 10, 20, 30, 50]).step == 60
+
+
 def test_line_and_regression_take_time_as_it_is(tmp_path):
     times = [0, 10, 15, 70]
     states = [{"w": torch.tensor([3.0, -2.0]) + t * torch.tensor([0.5, 1.0])} for t in times]
     paths = save(tmp_path, states)
     for method in ("line", "regression"):
-        koopt.forecast_checkpoints(paths, 30, tmp_path / "out.safetensors", method=method, steps=times)
-        torch.testing.assert_close(load_file(tmp_path / "out.safetensors")["w"], torch.tensor([53.0, 98.0]))
+        koopt.forecast_checkpoints(paths, 30, tmp_path / f"{method}.safetensors", method=method, steps=times)
+        torch.testing.assert_close(load_file(tmp_path / f"{method}.safetensors")["w"], torch.tensor([53.0, 98.0]))
 
 
 def test_an_operator_resamples_uneven_steps(tmp_path):
@@ -352,11 +423,14 @@ def test_the_held_out_checkpoint_is_forecast_from_the_earlier_ones(tmp_path):
     window = torch.stack([flat(state) for state in states])
     motion = (window[-1] - window[-2]).norm()
     row = found.rows[0]
-    assert row["error"] == row["error_line"]
+    assert row["error"] == row["error_line"] == found.error
     assert row["error_line"] == pytest.approx(((2 * window[-2] - window[-3] - window[-1]).norm() / motion).item())
     assert row["error_mean"] == pytest.approx(((window[:-1].mean(dim=0) - window[-1]).norm() / motion).item())
     paths = [one.path for one in found.plan.checkpoints]
     assert koopt.forecast_checkpoints(paths, 100, holdout=True).rows[0]["error"] < 1e-9
+    assert koopt.forecast_checkpoints(paths, 100).error is None
+    by_layer = koopt.forecast_checkpoints(paths, 100, holdout=True, method="line", by="layer")
+    assert by_layer.error == pytest.approx(row["error"])
 
 
 def test_small_motion_beside_large_weights_keeps_its_digits():
@@ -385,11 +459,30 @@ def test_spectrum_of_a_known_law(tmp_path):
     paths = save(tmp_path, [law(t, torch.float64) for t in range(8)])
     plan, rows = spectrum_of(paths, by="network", rank=3)
     assert [row["real"] for row in rows] == pytest.approx([1.0, 0.9, 0.7], abs=1e-9)
-    assert [row["half_life"] for row in rows] == [None, *(pytest.approx(half_life(x, 100)) for x in (0.9, 0.7))]
-    assert half_life(0.9, 100) == pytest.approx(100 * math.log(0.5) / math.log(0.9))
+    assert [row["half_life"] for row in rows] == [None, *(pytest.approx(half_life(x, 100, 1e-8)) for x in (0.9, 0.7))]
+    assert half_life(0.9, 100, 1e-8) == pytest.approx(100 * math.log(0.5) / math.log(0.9))
     assert rows[0]["residual"] < 1e-9
     assert len(plan.times) == 8
     assert {line["group"] for line in by_group(spectrum_of(paths, rank=2)[1])} == {"first", "second", "(top)"}
+
+
+@pytest.mark.parametrize("options", [{"rank": 3}, {"difference": True, "rank": 2}], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_around_one_is_neither_growth_nor_decay(options, seed, tmp_path):
+    """The same law in three dtypes says the same."""
+    lines = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        (tmp_path / str(dtype)).mkdir()
+        paths = save(tmp_path / str(dtype), [law(t, dtype, seed) for t in range(8)])
+        lines += by_group(spectrum_of(paths, by="network", **options)[1])
+    assert [line["growing"] for line in lines] == [0, 0, 0]
+    assert [line["half_life"] for line in lines] == [pytest.approx(half_life(0.9, 100, 0.0), rel=0.2)] * 3
+
+
+def test_growth_beyond_rounding_is_growth(tmp_path):
+    states = [{name: 1.1**t * w for name, w in law(t, torch.bfloat16).items()} for t in range(8)]
+    [line] = by_group(spectrum_of(save(tmp_path, states), by="network", rank=3)[1])
+    assert line["growing"] == 1
 
 
 def test_a_spectrum_is_that_of_the_operator_in_memory(tmp_path):
@@ -414,6 +507,37 @@ def test_the_plan_counts_what_is_read(tmp_path):
     assert (stage, done) == ("writing", total)
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_hundreds_of_checkpoints_need_few_open_files(kind, tmp_path):
+    """With no more handles than a shell gives on some systems."""
+    (tmp_path / "in").mkdir()
+    states = [{"w": torch.full((3, 2), 1 + 0.99**t)} for t in range(600)]
+    paths = [str(path) for path in save(tmp_path / "in", states, kind)]
+    code = (
+        "import resource, sys, koopt; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); "
+        "koopt.forecast_checkpoints(sys.argv[2:], 100, sys.argv[1], method='mean')"
+    )
+    output = tmp_path / f"out.{kind}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(output), *paths], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    expected = torch.stack([state["w"] for state in states]).double().mean(dim=0).float()
+    torch.testing.assert_close(load(output)["w"], expected)
+
+
+@pytest.mark.parametrize("kind", ["folders", "files"])
+def test_files_that_are_not_kept_open_are_read_alike(kind, tmp_path, monkeypatch):
+    states = [law(t) for t in range(5)]
+    if kind == "folders":
+        paths = [folder_of(tmp_path / f"checkpoint-{t}", state, shards=3) for t, state in enumerate(states)]
+    else:
+        paths = save(tmp_path, states)
+    expected = koopt.forecast_checkpoints(paths, 10, by="layer", holdout=True).rows
+    monkeypatch.setattr(streaming, "OPEN", 2)
+    assert koopt.forecast_checkpoints(paths, 10, by="layer", holdout=True).rows == expected
+
+
 def test_a_sharded_index_is_its_folder(tmp_path):
     path = folder_of(tmp_path / "checkpoint-1", law(0))
     assert open_checkpoint(path / "model.safetensors.index.json").entries == open_checkpoint(path).entries
@@ -422,3 +546,16 @@ def test_a_sharded_index_is_its_folder(tmp_path):
 def test_rules_of_the_plan():
     assert set(rules.TIMED) | set(rules.TIMELESS) < set(forecasters.METHODS)
     assert checkpoint.streaming.block_bytes(8) % 8 == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    [("safetensors", ["0", "1", "2", "10", "11", "head"]), ("pt", ["head", "10", "2", "0", "1", "11"])],
+)
+def test_layers_come_in_the_order_of_the_model(kind, order, tmp_path):
+    """A .pt file keeps it, a safetensors file does not: there it is that of the numbers in the names."""
+    names = [f"{part}.weight" for part in ("head", "10", "2", "0", "1", "11")]
+    paths = save(tmp_path, [{name: torch.ones(3) * 0.5**t + i for i, name in enumerate(names)} for t in range(4)], kind)
+    _, rows = spectrum_of(paths)
+    assert list(dict.fromkeys(row["group"] for row in rows)) == order
+    assert [row["group"] for row in koopt.forecast_checkpoints(paths, 10, by="layer").rows] == order

@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import koopt
 from koopt import cli
-from koopt.checkpoint import writing
+from koopt.checkpoint import command, writing
+from koopt.checkpoint.spectrum import spectrum_of
 from koopt.forecasters import METHODS
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -142,6 +144,31 @@ def test_an_output_that_is_an_input(paths, tmp_path, capsys):
         assert "this output is an input" in line
 
 
+@pytest.mark.parametrize("command", [(), ("--dry-run",)], ids=["forecast", "dry run"])
+def test_a_file_that_exists_is_replaced_only_by_force(command, paths, tmp_path, capsys):
+    output, broken = tmp_path / "out.safetensors", tmp_path / "broken.safetensors"
+    output.write_bytes(b"mine")
+    broken.symlink_to("nowhere")
+    for place in (output, broken):
+        given = ("forecast", *paths, "--ahead", 5, "-o", place)
+        assert f"{place}: exists already; choose another name" in refused(capsys, tmp_path, *given, *command)
+        assert run(capsys, *given, *command, "--force")[0] == 0
+    if command:
+        assert (output.read_bytes(), broken.is_symlink()) == (b"mine", True)
+    else:
+        assert load_file(output).keys() == load_file(broken).keys() == state(0).keys()
+    assert "is an input" in refused(capsys, tmp_path, "forecast", *paths, "--ahead", 5, "-o", paths[0], "--force")
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)], ids=str)
+def test_an_output_that_is_a_link_to_itself(force, paths, tmp_path, capsys):
+    loop = tmp_path / "loop.safetensors"
+    loop.symlink_to(loop)
+    line = refused(capsys, tmp_path, "forecast", *paths, "--ahead", 5, "-o", loop, *force)
+    assert f"{loop}: " in line
+    assert "choose another name" in line
+
+
 @pytest.mark.parametrize("place", ["", "/inner", "/..", "/../other"])
 def test_folders_in_the_way(place, tmp_path, capsys):
     (tmp_path / "runs").mkdir()
@@ -167,6 +194,18 @@ OTHER_PICKLES = {
     "a list": ([torch.ones(2)], "holds a list, expected a state dict"),
     "no tensors": ({"lr": 0.1}, "no tensors by name"),
     "numbered": ({1: torch.ones(2)}, "named by something other than strings"),
+    "two state dicts": (
+        {"model": {"w": torch.ones(2)}, "state_dict": {"w": torch.ones(2)}},
+        "tensors under 'state_dict' and under 'model'; save one state dict",
+    ),
+    "weights under another key": (
+        {"net": {"w": torch.ones(2)}, "loss": torch.ones(())},
+        "tensors at the top and a dict under 'net'; save the state dict alone or under 'model'",
+    ),
+    "weights deeper": (
+        {"model": {"encoder": {"w": torch.ones(2)}}, "loss": torch.ones(())},
+        "tensors at the top and a dict under 'model'",
+    ),
     "part of a tensor": ({"w": torch.arange(9.0).view(3, 3)[:, 1:]}, "tensor 'w' is not a whole strided tensor"),
     "sparse": ({"w": torch.eye(3).to_sparse()}, "tensor 'w' is not a whole strided tensor"),
 }
@@ -178,6 +217,43 @@ def test_other_pickles(held, message, tmp_path, capsys):
         torch.save(held, tmp_path / f"step_{t}.pt")
     given = sorted(tmp_path.glob("*.pt"))
     assert message in refused(capsys, tmp_path, "forecast", *given, "--ahead", 5, "-o", tmp_path / "out.pt")
+
+
+def tied(t, ties=True):
+    """Weights of which two are one tensor, or not."""
+    weight = torch.full((2, 3), 1.0 + 0.5**t)
+    return {"fc1.weight": weight, "fc2.weight": weight * 2, "head.weight": weight if ties else weight.clone()}
+
+
+@pytest.mark.parametrize(
+    "options", [("--exclude", "head.weight"), ("--exclude", "fc1.*"), ("--include", "fc*")], ids=str
+)
+def test_one_of_tied_tensors_is_not_left_out(options, tmp_path, capsys):
+    for t in range(4):
+        torch.save(tied(t), tmp_path / f"step_{t}.pt")
+    given = ("forecast", *sorted(tmp_path.glob("*.pt")), "--ahead", 5, "-o", tmp_path / "out.pt")
+    line = refused(capsys, tmp_path, *given, *options)
+    assert "is left out, but tied to" in line
+    assert "they are one; let in or leave out both" in line
+    assert run(capsys, *given, "--exclude", "head.weight", "--exclude", "fc1.*")[0] == 0
+    assert torch.equal(torch.load(tmp_path / "out.pt")["head.weight"], tied(3)["head.weight"])
+
+
+def test_tensors_that_were_tied_later(tmp_path, capsys):
+    for t in range(4):
+        torch.save(tied(t, ties=t > 1), tmp_path / f"step_{t}.pt")
+    given = ("forecast", *sorted(tmp_path.glob("*.pt")), "--ahead", 5, "-o", tmp_path / "out.pt")
+    line = refused(capsys, tmp_path, *given)
+    assert f"step_0.pt: tensor 'head.weight' is one of its own, in {tmp_path / 'step_3.pt'} it is tied to" in line
+
+
+def test_tensors_that_were_tied_earlier(tmp_path, capsys):
+    for t in range(4):
+        torch.save(tied(t, ties=t < 2), tmp_path / f"step_{t}.pt")
+    given = ("forecast", *sorted(tmp_path.glob("*.pt")), "--ahead", 1, "-o", tmp_path / "out.pt", "--difference")
+    assert run(capsys, *given)[0] == 0
+    for name, tensor in torch.load(tmp_path / "out.pt").items():
+        torch.testing.assert_close(tensor, tied(4)[name], rtol=1e-5, atol=1e-5)
 
 
 def test_the_format_before_zip(tmp_path, capsys):
@@ -221,7 +297,11 @@ def test_a_full_disk(method, paths, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signals as on Linux")
-def test_ctrl_c_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM"), (signal.SIGHUP, "ended by SIGHUP")],
+)
+def test_an_early_end_leaves_nothing(number, said, tmp_path):
     """In the middle of a pass that waits for a pipe's worth of work."""
     (tmp_path / "in").mkdir()
     given = [str(tmp_path / "in" / f"step_{t}.safetensors") for t in range(4)]
@@ -237,10 +317,50 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, "-o", str(tmp_path / "out.safetensors")], **pipes) as child:
         assert child.stdout.readline().startswith("writing")  # two threads may print at once
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
         _, error = child.communicate(timeout=60)
-    assert (child.returncode, error) == (130, "koopt: interrupted; nothing was written\n")
+    assert (child.returncode, error) == (128 + number, f"koopt: {said}; nothing was written\n")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_nohup_ignores_stays_ignored(paths, tmp_path, capsys):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        told = []
+
+        def tell(*_):
+            told.append(os.kill(os.getpid(), signal.SIGHUP))
+
+        with command._one_line():
+            koopt.forecast_checkpoints(paths, 5, tmp_path / "out.safetensors", progress=tell)
+        assert told
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="closes what a shell does")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed, paths, tmp_path):
+    """Nothing of what is printed gets into a file that takes the place of a stream."""
+    given = [*map(str, paths), "--ahead", "5", "-o", str(tmp_path / "out.safetensors"), "--holdout"]
+    line = shlex.join([sys.executable, "-c", SCRIPT, "forecast", *given])
+    done = subprocess.run(["sh", "-c", f"{line} {closed}"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load_file(tmp_path / "out.safetensors").keys() == state(0).keys()
+    for path, t in zip(paths, range(4), strict=True):
+        assert load_file(path)["count"] == t
+
+
+def test_a_tensor_whose_name_looks_like_markup(tmp_path, capsys):
+    for t in range(4):
+        save_file({"blk[/red].weight": torch.full((2, 3), 1.0 + 0.5**t)}, tmp_path / f"step_{t}.safetensors")
+    given = sorted(tmp_path.glob("*.safetensors"))
+    for words in (("forecast", *given, "--ahead", 1, "--holdout", "--by", "layer"), ("spectrum", *given)):
+        code, out, err = run(capsys, *words, *(("--output", tmp_path / "out") if words[0] == "spectrum" else ()))
+        assert (code, err) == (0, "")
+        assert "blk[/red]" in out
 
 
 def test_forecast_prints_what_it_did(paths, tmp_path, capsys):
@@ -256,6 +376,19 @@ def test_forecast_prints_what_it_did(paths, tmp_path, capsys):
     assert [row["group"] for row in result["rows"]] == ["a"]
     assert 0 < result["rows"][0]["error"] < result["rows"][0]["error_mean"]
     assert load_file(output)["count"] == 3
+
+
+@pytest.mark.parametrize(("method", "worse"), [("mean", True), ("line", False)])
+def test_a_held_out_error_above_one_is_said(method, worse, tmp_path, capsys):
+    """On a straight line the mean lags behind; of two layers one stands nearly still."""
+    for t in range(5):
+        weights = {"a.weight": torch.full((3,), 1.0 + t), "b.weight": torch.full((3,), 1.0 + 1e-3 * t)}
+        save_file(weights, tmp_path / f"step_{t}.safetensors")
+    given = ("forecast", *sorted(tmp_path.iterdir()), "--ahead", 1, "--holdout", "--by", "layer", "--method", method)
+    code, out, _ = run(capsys, *given)
+    assert code == 0
+    line = "koopt above 1: worse than the last checkpoint as it is; try --difference or --method line\n"
+    assert (line in out) is worse
 
 
 def test_dry_run_writes_nothing(paths, tmp_path, capsys):
@@ -307,6 +440,13 @@ def test_two_thousand_damaged_files(kind, tmp_path, monkeypatch):
     sound = fuzz.make(tmp_path)
     codes = [fuzz.trial(sound, kind, seed, fuzz.run) for seed in range(500)]
     assert 0 < codes.count(0) < 250
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize("command", [functools.partial(koopt.forecast_checkpoints, ahead=5), spectrum_of])
+def test_patterns_must_be_several(command, option, paths):
+    with pytest.raises(TypeError, match=rf"{option} is 'a.\*', expected several patterns; pass \['a.\*'\]"):
+        command(paths, **{option: "a.*"})
 
 
 def test_paths_must_be_several(tmp_path):

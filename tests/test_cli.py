@@ -335,6 +335,32 @@ def test_ctrl_c_and_kill_and_going_on(tmp_path):
     assert len(json.loads((fourth.output / "result.json").read_text())["rows"]) == 12
 
 
+START = """
+import sys
+
+import koopt_command
+
+print("started", flush=True)
+sys.exit(koopt_command.main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals as on Linux")
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.3])
+def test_ctrl_c_while_it_starts(delay, tmp_path):
+    """Importing torch takes longer than these."""
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the background may ignore it
+    command = [sys.executable, "-c", heard + START, *DE_SOLVER, "--quick", "--output", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "started\n"
+        time.sleep(delay)
+        child.send_signal(signal.SIGINT)
+        _, error = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert error.startswith("koopt: interrupted")
+    assert "Traceback" not in error
+
+
 def test_all_refuses_settings_before_anything_is_written(tmp_path, capsys):
     line = refused(capsys, tmp_path, "reproduce", "all", "--seed", -1, "--output", tmp_path / "new")
     assert "--seed is -1, expected 0 or more" in line

@@ -49,6 +49,15 @@ def test_import_needs_only_the_dependencies():
     assert not foreign, f"import koopt brings in {sorted(foreign)}"
 
 
+def test_the_command_starts_before_torch_is_imported():
+    """Ctrl-C is minded from the first moment."""
+    script = re.search(r'^koopt = "(\w+):main"$', (README.parent / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert script
+    code = f"import sys, {script[1]}; assert not {{'torch', 'numpy', 'koopt'}} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
 def example_of(documented):
     doc = inspect.getdoc(documented) or ""
     return ">>>" in doc

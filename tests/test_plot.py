@@ -2,10 +2,12 @@
 
 import io
 import math
+from itertools import pairwise
 
 import matplotlib.figure
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from koopt import plot
 from koopt.experiments import figure2, panels
@@ -456,3 +458,43 @@ def test_calibration_counts_what_came_below_what_was_expected():
     diagonal, tolerance = (line.get_xydata().tolist() for line in ax.get_lines())
     assert diagonal == [[0.1, 0.1], [0.5, 0.5]]
     assert {x for x, _ in tolerance} == {0.2}
+
+
+def mode(group, half_life, real=0.9):
+    return {"group": group, "real": real, "imaginary": 0.0, "modulus": real, "half_life": half_life}
+
+
+def spectrum_figure(rows, by="layer"):
+    """The figure as drawn, its panel of half-lives, and the boxes of that panel's texts along the axis."""
+    figure = plot.checkpoint_spectra(matplotlib.figure.Figure(figsize=(9.5, 4.4), layout="constrained"), rows, by)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    lives = figure.axes[1]
+    low, high = lives.get_xlim()
+    shown = [tick for tick in lives.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    return figure, lives, [tick.label1.get_window_extent(canvas.get_renderer()) for tick in shown], canvas
+
+
+@pytest.mark.parametrize("longest", [100.0, 130.0, 700.0, 3e3, 2e5, 3e9])
+@pytest.mark.parametrize("name", ["layer.{}", "base_model.model.encoder.layers.{}.self_attention.query_projection"])
+def test_half_lives_have_a_few_labels_that_do_not_overlap(longest, name):
+    rows = [mode(name.format(i), float(life)) for i, life in enumerate(np.geomspace(100.0, longest, 12))]
+    figure, lives, boxes, canvas = spectrum_figure(rows)
+    assert 1 <= len(boxes) <= 8
+    assert all(one.x1 < other.x0 for one, other in pairwise(sorted(boxes, key=lambda box: box.x0)))
+    label = lives.xaxis.label.get_window_extent(canvas.get_renderer())
+    assert 0 <= label.x0 < label.x1 <= figure.bbox.x1
+    names = [text.get_text() for text in lives.get_yticklabels()]
+    assert len(set(names)) == 12
+    assert all(f".{i}" in f".{text.removeprefix('...')}" for i, text in enumerate(names))
+
+
+def test_a_spectrum_without_decay_says_so():
+    _, lives, boxes, _ = spectrum_figure([mode("network", None, 1.0)], by="network")
+    assert [text.get_text() for text in lives.texts] == ["no mode decays"]
+    assert (boxes, lives.get_xlabel(), lives.get_ylabel()) == ([], "", "network")
+
+
+def test_names_with_dollars_are_no_mathematics():
+    _, lives, _, _ = spectrum_figure([mode(r"a$\foo$", 10.0)])
+    assert lives.get_yticklabels()[0].get_text() == r"a$\foo$"

@@ -29,11 +29,13 @@ HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0, or 2 for bad input with one line on stderr, 1 where no one reads on, 130 after Ctrl-C."""
-    given = _parser().parse_args(arguments)
+    for name in ("stdout", "stderr"):  # closed by the shell: what is printed goes nowhere
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter still gets the table
     try:
-        status = given.command(given)
+        status = _run(_parser().parse_args(arguments))
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -41,15 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("koopt: interrupted; what is recorded stays, and the same command goes on", file=sys.stderr)
         return 130
-    except ModuleNotFoundError as missing:
-        package, extra = (missing.name or "").partition(".")[0], "bench" if given.command is _bench else "experiments"
-        print(f"koopt: {package} is not installed; pip install 'koopt[{extra}]'", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # whoever reads, as head does, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at the end fails again
         return 1
     except (ValueError, OSError) as error:
         print(f"koopt: {_one_line(str(error))}", file=sys.stderr)
+        return 2
+
+
+def _run(given: argparse.Namespace) -> int:
+    try:
+        return given.command(given)
+    except ModuleNotFoundError as missing:
+        package, extra = (missing.name or "").partition(".")[0], "bench" if given.command is _bench else "experiments"
+        print(f"koopt: {package} is not installed; pip install 'koopt[{extra}]'", file=sys.stderr)
         return 2
 
 
@@ -148,10 +155,11 @@ def _reproduce_one(given: argparse.Namespace) -> int:
     report.add_command(given.output, _command(given.name, given))
     console = terminal.wide_console()
     for title, columns, listed in _experiment(given.name).tables(settings, rows):
-        console.print(report.table(f"\n{title}", columns, [*listed, *report.paper_row(listed)]))
+        shown = report.table(f"\n{title}", columns, [*listed, *report.paper_row(listed)], console.width)
+        console.print(shown, crop=False)
     for finding in report.findings(given.output):
-        console.print(f"- {finding}", highlight=False)
-    console.print(f"\nfigures and result.json: {given.output}", highlight=False)
+        console.print(f"- {finding}", highlight=False, markup=False)
+    console.print(f"\nfigures and result.json: {given.output}", highlight=False, markup=False)
     return 0
 
 
@@ -211,11 +219,11 @@ def _bench(given: argparse.Namespace) -> int:
         report.add_command(folder, _bench_command(given))
     console = terminal.wide_console()
     for title, columns, listed in results.tables(rows):
-        console.print(report.table(f"\n{title}", columns, listed))
+        console.print(report.table(f"\n{title}", columns, listed, console.width), crop=False)
     for finding in report.findings(folder) if rows else ():
-        console.print(f"- {finding}", highlight=False)
+        console.print(f"- {finding}", highlight=False, markup=False)
     if rows:
-        console.print(f"\nfigures and result.json: {folder}", highlight=False)
+        console.print(f"\nfigures and result.json: {folder}", highlight=False, markup=False)
     for failure in failures:
         print(f"koopt: {_one_line(failure)}", file=sys.stderr)
     return 2 if failures else 0

@@ -7,21 +7,24 @@ time x time. Each returns `(*batch, time)` float64 coefficients; horizons are in
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
 
 from koopt import linalg
-from koopt.operator import fit_in_form
+from koopt.operator import fit, fit_in_form
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from jaxtyping import Float
     from torch import Tensor
 
+RANKS = (2, 3)  # of an ensemble's operators
 RESOLVED = 1e-7  # share of the largest singular value that a Gram matrix of snapshots still shows
 
 
@@ -51,7 +54,7 @@ def koopman(
 def ensemble(
     snapshots: Float[Tensor, "*batch time state"],
     horizon: float,
-    ranks: Sequence[int] = (2, 3),
+    ranks: Sequence[int] = RANKS,
     max_modulus: float | None = 1.0,
 ) -> Float[Tensor, "*batch time"]:
     """The mean of projected Koopman forecasts of several low ranks: for noisy windows, where no one rank is safe.
@@ -250,6 +253,41 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "anderson": anderson,
     "ensemble": ensemble,
 }
+
+
+@cache
+def options_of(method: str) -> tuple[str, ...]:
+    """The options that a method of ``METHODS`` takes from the user; when snapshots were taken is no option.
+
+    >>> options_of("line"), options_of("koopman")
+    (('span',), ('rank', 'rtol', 'projected', 'center', 'difference', 'max_modulus'))
+    """
+    names = inspect.signature(fit if method == "koopman" else METHODS[method]).parameters
+    own = tuple(name for name in names if name not in ("snapshots", "horizon", "times"))
+    return (*own, "max_modulus") if method == "koopman" else own
+
+
+def require_options(method: str, options: Mapping[str, Any]) -> None:
+    """Refuse a method that does not exist, and options that it does not take.
+
+    Args:
+        method: a name of ``METHODS``, if it is right.
+        options: by name.
+
+    Raises:
+        ValueError: if there is no such method.
+        TypeError: if the method has no option of that name.
+
+    >>> require_options("line", {"span": 2})
+    """
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+    allowed = options_of(method)
+    for name in options:
+        if name not in allowed:
+            raise TypeError(
+                f'{name} is not an option of method "{method}", which takes {", ".join(allowed) or "no options"}'
+            )
 
 
 def _ages(snapshots: Tensor, times: Tensor | None = None) -> Tensor:

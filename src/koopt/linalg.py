@@ -432,7 +432,7 @@ def _require_limit(bad: Tensor, what: str) -> None:
     if bool(patches.any()):
         raise ValueError(
             f"horizon is inf, but {what} in {name_patches(patches)} has no limit; "
-            "pass a finite horizon, or max_modulus below 1"
+            "pass a finite horizon, or fit with center or difference and pass max_modulus below 1"
         )
 
 

@@ -260,7 +260,7 @@ def partition_of(
     elif by == "node":
         patches = _by_node(parameters, model)
     elif by in ("layer", "network"):
-        patches = _by_labels({name: _module_of(name) if by == "layer" else "" for name in names}, parameters)
+        patches = _by_labels({name: module_of(name) if by == "layer" else "" for name in names}, parameters)
     else:
         raise ValueError(
             f'by is {by!r}, expected "weight", "node", "layer", "network", or a function (name, parameter) -> labels'
@@ -295,8 +295,12 @@ def _numbered(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return numbers
 
 
-def _module_of(name: str) -> str:
-    """The module that a parameter belongs to; the originals of a parametrized one to the module that it serves."""
+def module_of(name: str) -> str:
+    """The module that a parameter belongs to; the originals of a parametrized one to the module that it serves.
+
+    >>> module_of("body.0.weight"), module_of("body.0.parametrizations.weight.original0")
+    ('body.0', 'body.0')
+    """
     return re.sub(r"(^|\.)parametrizations\.[^.]+$", "", name.rpartition(".")[0])
 
 

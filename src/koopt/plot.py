@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from koopt.names import shortened
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -241,15 +243,15 @@ def guarded_jumps(ax: Axes, jumps: Sequence[Jump]) -> Axes:
     return ax
 
 
-def checkpoint_spectra(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> Figure:
+def checkpoint_spectra(figure: Figure, rows: Sequence[Mapping[str, Any]], by: str = "layer") -> Figure:
     """Eigenvalues on the unit circle, and the half-life of each mode by group.
 
     Args:
         figure: empty.
         rows: one an eigenvalue, with `group`, `real`, `imaginary`, `modulus` and `half_life`, groups in order.
+        by: what the groups are.
     """
     from matplotlib import colormaps
-    from matplotlib.ticker import LogLocator, NullLocator
 
     circle, lives = figure.subplots(1, 2, width_ratios=(1, 1.25))
     groups = list(dict.fromkeys(row["group"] for row in rows))
@@ -263,28 +265,38 @@ def checkpoint_spectra(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> Fig
     circle.set(
         xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel=r"Re $\lambda$", ylabel=r"Im $\lambda$"
     )
-    decaying = [(place, row["half_life"], color) for place, row, color in zip(depth, rows, colors, strict=True)]
-    seen = [(place, life, color) for place, life, color in decaying if life]
-    if seen:
-        lives.scatter([s[1] for s in seen], [s[0] for s in seen], s=18, c=[s[2] for s in seen], alpha=0.8, lw=0)
-        lives.set_xscale("log")
-        lives.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        lives.xaxis.set_major_formatter("{x:,g}")
-        lives.xaxis.set_minor_locator(NullLocator())
-    staying = [(place, color) for place, life, color in decaying if life is None]
-    edge = lives.get_yaxis_transform()
-    for place, color in staying:
-        lives.plot(1.0, place, ">", ms=5, color=color, transform=edge, clip_on=False)
     every = -(-len(groups) // 30)
-    names = [name if len(name) <= 32 else f"...{name[-29:]}" for name in groups[::every]]
-    lives.set_yticks(range(0, len(groups), every), names, fontsize=8)
-    lives.set(
-        ylabel="layer",
-        ylim=(len(groups) - 0.5, -0.5),
-        xlabel="half-life in optimizer steps (at the edge: does not decay)",
-    )
-    lives.grid(axis="x", color=INK, alpha=0.12, lw=0.6)
+    names = shortened(groups[::every], 28)
+    lives.set_yticks(range(0, len(groups), every), names, fontsize=8, parse_math=False)
+    lives.set(ylabel=by, ylim=(len(groups) - 0.5, -0.5))
+    decaying = [(row["half_life"], place, color) for place, row, color in zip(depth, rows, colors, strict=True)]
+    seen = [mode for mode in decaying if mode[0] is not None]
+    if not seen:
+        lives.set_xticks([])
+        lives.text(0.5, 0.5, "no mode decays", ha="center", transform=lives.transAxes)
+        return figure
+    at, places, shades = zip(*seen, strict=True)
+    lives.scatter(at, places, s=18, c=shades, alpha=0.8, lw=0)
+    _half_lives_along(lives, min(at), max(at))
+    edge = lives.get_yaxis_transform()
+    for life, place, color in decaying:
+        if life is None:
+            lives.plot(1.0, place, ">", ms=5, color=color, transform=edge, clip_on=False)
     return figure
+
+
+def _half_lives_along(ax: Axes, shortest: float, longest: float) -> None:
+    """A logarithmic axis with a few labels: 1, 2, 5 of each decade, or whole decades where there are many."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    ax.set(xscale="log", xlim=(shortest / 1.7, longest * 1.7))
+    decades = np.log10(longest / shortest)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 1.5 else (1.0,), numticks=7))
+    ax.xaxis.set_minor_locator(NullLocator())
+    if decades < 4:  # else powers of ten
+        ax.xaxis.set_major_formatter("{x:,g}")
+    ax.set_xlabel("half-life in optimizer steps\n(at the edge: does not decay)")
+    ax.grid(axis="x", color=INK, alpha=0.12, lw=0.6)
 
 
 def report_of_jumps(jumps: Sequence[Jump], path: str | os.PathLike[str] | None = None) -> Figure:

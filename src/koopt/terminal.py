@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+PIPED = 160  # letters of a line where no one has to look at it in a window
 EVERY = 30.0  # seconds between the lines of a stage where there is no terminal
 
 
@@ -87,7 +88,7 @@ def _shown(bars: Progress) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def wide_console() -> Console:
-    """A console for tables, at least 100 wide.
+    """A console for tables, at least 100 wide, more in a file or a pipe.
 
     >>> wide_console().width >= 100
     True
@@ -95,5 +96,7 @@ def wide_console() -> Console:
     from rich.console import Console
 
     console = Console()
-    console.width = max(console.width, 100)  # a wrapped table is easier to read than a cut one
+    console.width = max(
+        console.width, 100 if console.is_terminal else PIPED
+    )  # a wrapped table is easier to read than a cut one
     return console

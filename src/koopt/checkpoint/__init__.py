@@ -13,14 +13,18 @@ from koopt import linalg
 from koopt.checkpoint import rows, rules, streaming, writing
 from koopt.checkpoint.factors import Accumulator, Factor, Part, measure, needs_qr
 from koopt.checkpoint.groups import Group, Slab, choose, group, require_apart, slabs
+from koopt.checkpoint.opening import open_checkpoint
 from koopt.checkpoint.steps import even_grid, steps_of
-from koopt.checkpoint.stored import Checkpoint, open_checkpoint, require_alike, require_same_names
+from koopt.checkpoint.stored import require_alike, require_same_names
+from koopt.names import natural
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
+
+    from koopt.checkpoint.stored import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,14 @@ class Forecast:
             roundings of the stored numbers, the median patch), `still` (tensors that never changed, and are copied),
             and with a hold-out `error`, `error_mean`, `error_line`: how far the last checkpoint was missed from the
             earlier ones, over how far it is from the one before it, so that no change is 1.
+        error: that of all groups together; None without a hold-out.
     """
 
     plan: Plan
     step: float
     output: Path | None
     rows: tuple[dict[str, Any], ...] = field(repr=False)
+    error: float | None = None
 
 
 def plan_of(
@@ -79,12 +85,17 @@ def plan_of(
     """Open and compare checkpoints; arguments and errors as :func:`forecast_checkpoints`."""
     if isinstance(paths, (str, Path)) or len(paths) < 2:
         raise ValueError(f"paths: expected at least two checkpoints, got {paths!r}; give more")
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise TypeError(f"{name} is {patterns!r}, expected several patterns; pass [{patterns!r}]")
     opened = [open_checkpoint(path) for path in paths]
     times = steps_of(opened, steps)
     order = sorted(range(len(times)), key=times.__getitem__)
     checkpoints = tuple(opened[i] for i in order)
     chosen = [choose(checkpoint, include, exclude) for checkpoint in checkpoints]
     names, last = chosen[-1], checkpoints[-1]
+    if last.kind != "pt":  # a safetensors file does not keep the order of the model
+        names = sorted(names, key=natural)
     if not names:
         raise ValueError(
             f"{last.path}: no floating-point tensor of {len(last.entries)} is let in; widen --include or --exclude"
@@ -119,6 +130,7 @@ def forecast_checkpoints(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     holdout: bool = False,
+    overwrite: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> Forecast:
@@ -138,6 +150,7 @@ def forecast_checkpoints(
         steps: of each path, where neither metadata nor names tell.
         include, exclude: shell patterns of tensor names; what is left out is copied.
         holdout: forecast the last checkpoint from the earlier ones too, and report the errors.
+        overwrite: replace the output if it is a file that exists; a folder is always a new one.
         progress: called with a stage, the bytes done and all of them.
         options: of the method, as in :meth:`koopt.Trajectory.forecast`.
 
@@ -145,10 +158,10 @@ def forecast_checkpoints(
         A :class:`Forecast`: what was done for each group.
 
     Raises:
-        TypeError: if the method has no option of that name.
+        TypeError: if the method has no option of that name, or `include` or `exclude` is one string.
         ValueError: if checkpoints are damaged, do not fit each other or hold NaN, an option is out of range, the
             spacing is too uneven, or no stored motion is above rounding; nothing is written then.
-        OSError: if a file cannot be read or written.
+        OSError: if a file cannot be read or written, or the output exists.
 
     Source: Dogra & Redman (2020), Algorithm 1, as a combination of snapshots.
 
@@ -167,7 +180,7 @@ def forecast_checkpoints(
     require_grid(plan, rule, holdout)
     place = None if output is None else Path(output)
     if place is not None:
-        writing.require_output(place, plan.checkpoints)
+        writing.require_output(place, plan.checkpoints, overwrite)
     times = torch.tensor(plan.times, dtype=torch.float64)
     found: dict[Slab, tuple[rules.Outcome, tuple[str, ...]]] = {}
     parts: dict[str, list[dict[str, Any]]] = {}
@@ -182,7 +195,8 @@ def forecast_checkpoints(
     if place is not None:
         with writing.targets(plan.checkpoints[-1], place, step) as files:
             _combine(plan, found, files, progress)
-    return Forecast(plan, step, place, reported)
+    whole = rows.row("all", list(chain.from_iterable(parts.values())))
+    return Forecast(plan, step, place, reported, whole.get("error"))
 
 
 def factors_of(

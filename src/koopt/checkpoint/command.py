@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -50,6 +52,7 @@ def add_commands(commands: Any) -> None:
     forecast.add_argument(
         "-o", "--output", type=Path, metavar="PATH", help="file or folder to write, as the inputs are"
     )
+    forecast.add_argument("--force", action="store_true", help="replace the output if it is a file that exists")
     forecast.add_argument("--method", default="koopman", help=f"{', '.join(METHODS)} (%(default)s)")
     forecast.add_argument("--max-modulus", type=float, help="draw larger eigenvalues in to this modulus")
     forecast.add_argument("--holdout", action="store_true", help="first forecast the last checkpoint from the others")
@@ -119,6 +122,7 @@ def run_forecast(given: argparse.Namespace) -> int:
                 given.ahead,
                 given.output,
                 holdout=given.holdout,
+                overwrite=given.force,
                 progress=progress,
                 **chosen,
                 **options,
@@ -133,6 +137,8 @@ def run_forecast(given: argparse.Namespace) -> int:
     )
     if given.holdout:
         print("koopt below 1: the last checkpoint lay where the forecast pointed; its loss is for you to evaluate")
+        if found.error is not None and found.error > 1:
+            print("koopt above 1: worse than the last checkpoint as it is; try --difference or --method line")
     if given.report is not None:
         _write(given.report, "forecast", given, rows, [])
     if found.output is not None:
@@ -147,7 +153,7 @@ def dry_run(given: argparse.Namespace, options: dict[str, Any]) -> str:
     plan = checkpoint.plan_of(given.checkpoints, given.by, **_chosen(given))
     checkpoint.require_grid(plan, rule, given.holdout)
     if given.output is not None:
-        checkpoint.writing.require_output(given.output, plan.checkpoints)
+        checkpoint.writing.require_output(given.output, plan.checkpoints, given.force)
     patches = sum(group.patches for group in plan.groups)
     lines = [f"step {time:>12g}  {one.path}" for time, one in zip(plan.times, plan.checkpoints, strict=True)]
     lines += [
@@ -174,7 +180,7 @@ def run_spectrum(given: argparse.Namespace) -> int:
         )
     lines = spectrum.by_group(rows)
     figure = Figure(figsize=(9.5, 4.4), layout="constrained")
-    plot.checkpoint_spectra(figure, rows)
+    plot.checkpoint_spectra(figure, rows, given.by)
     given.output.mkdir(parents=True, exist_ok=True)
     plot.save(figure, given.output / "spectrum.png")
     _write(given.output, "spectrum", given, rows, ["spectrum.png"])
@@ -206,7 +212,13 @@ def _chosen(given: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
-    """What the command line says in one line: options of another method, no convergence, no memory."""
+    """What the command line says in one line: options of another method, no convergence, no memory, an early end."""
+    heard = []
+    if threading.current_thread() is threading.main_thread():  # no other may listen
+        ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        heard = [number for number in ends if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores one
+    for number in heard:
+        signal.signal(number, _end)
     try:
         yield
     except TypeError as error:
@@ -215,16 +227,28 @@ def _one_line() -> Iterator[None]:
         raise ValueError(f"no convergence ({error}); take a lower --rank or --method line") from error
     except MemoryError:
         raise ValueError("not enough memory; see --dry-run for what is needed, and take --by layer") from None
-    except KeyboardInterrupt:
-        print("koopt: interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+        print(f"koopt: {how}; nothing was written", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, _: object) -> NoReturn:
+    """As Ctrl-C does, so that what is half written is removed; once, since a second must not break in on that."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
 
 
 def _print(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> None:
     from koopt.experiments import report
 
     print(f"\n{title}")
-    terminal.wide_console().print(report.table("", columns, rows[:MOST_LINES]))
+    console = terminal.wide_console()
+    console.print(report.table("", columns, rows[:MOST_LINES], console.width), crop=False)
     if len(rows) > MOST_LINES:
         print(f"... and {len(rows) - MOST_LINES} more groups")
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from koopt.checkpoint.stored import SMALL
-from koopt.partitions import _module_of
+from koopt.partitions import module_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -59,32 +59,42 @@ def choose(checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequenc
         exclude: shell patterns of names, any of which keeps it out.
 
     Raises:
-        ValueError: if a tensor that is let in is of a dtype that cannot be combined.
+        ValueError: if a tensor that is let in is of a dtype that cannot be combined, or tied to one that is left out.
     """
-    chosen, aliased = [], set()
+    chosen, held = [], {}
+    out = dict.fromkeys(name for name in checkpoint.entries if not _let_in(name, include, exclude))
     for name, entry in checkpoint.entries.items():
-        let_in = not include or any(fnmatchcase(name, pattern) for pattern in include)
-        if not let_in or any(fnmatchcase(name, pattern) for pattern in exclude):
-            continue
-        if not entry.size or name.rpartition(".")[2] in STATISTICS:
+        if name in out or not entry.size or name.rpartition(".")[2] in STATISTICS:
             continue
         if entry.dtype in SMALL:
-            if (entry.file, entry.offset) not in aliased:  # tied weights are one tensor with several names
+            if entry.place not in held:  # tied weights are one tensor with several names
                 chosen.append(name)
-            aliased.add((entry.file, entry.offset))
+            held.setdefault(entry.place, name)
         elif entry.dtype.is_floating_point or entry.dtype.is_complex:
             raise ValueError(
                 f"{entry.file}: tensor {name!r} is {str(entry.dtype).removeprefix('torch.')}, only float16, bfloat16, "
                 "float32 and float64 are forecast; leave it out with --exclude, and it is copied"
             )
+    for name in out:
+        entry = checkpoint.entries[name]
+        if entry.size and entry.place in held:
+            raise ValueError(
+                f"{entry.file}: tensor {name!r} is left out, but tied to {held[entry.place]!r}, which is forecast: "
+                "they are one; let in or leave out both"
+            )
     return chosen
+
+
+def _let_in(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    let_in = not include or any(fnmatchcase(name, pattern) for pattern in include)
+    return let_in and not any(fnmatchcase(name, pattern) for pattern in exclude)
 
 
 def require_apart(checkpoint: Checkpoint, names: Sequence[str]) -> None:
     """Refuse tensors that share a part of their bytes."""
     by_place = sorted((checkpoint.entries[name] for name in names), key=lambda entry: (entry.file, entry.offset))
     for one, other in pairwise(by_place):
-        if one.file == other.file and one.offset + one.nbytes > other.offset:
+        if one.place != other.place and one.file == other.file and one.offset + one.nbytes > other.offset:
             raise ValueError(f"{one.file}: two tensors share a part of their memory; save them with .clone()")
 
 
@@ -112,7 +122,7 @@ def group(entries: dict[str, Entry], names: Sequence[str], by: str) -> list[Grou
             raise ValueError(
                 f"{entry.file}: the rows of tensor {name!r} are not stored one after another; take --by layer"
             )
-        found[_module_of(name), rows].append(name)
+        found[module_of(name), rows].append(name)
     return [Group(module or "(top)", tuple(members), rows) for (module, rows), members in found.items()]
 
 

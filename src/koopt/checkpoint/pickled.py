@@ -98,16 +98,28 @@ def _load(path: Path) -> dict[Any, Any]:
 
 
 def _state_dict(path: Path, loaded: dict[Any, Any]) -> dict[str, torch.Tensor]:
-    candidates = [loaded, *(loaded[key] for key in NESTED if isinstance(loaded.get(key), dict))]
-    for found in candidates:
-        weights = {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
-        if weights:
-            if not all(isinstance(name, str) for name in weights):
-                raise ValueError(f"{path}: tensors are named by something other than strings; save a state dict")
-            return weights
-    raise ValueError(
-        f"{path}: no tensors by name, neither at the top nor under {', '.join(NESTED)}; save the model's state dict"
-    )
+    """The model's weights: under a usual key, whatever lies beside it (a loss, a counter), else at the top."""
+    nested = {key: _tensors_of(loaded[key]) for key in NESTED if isinstance(loaded.get(key), dict)}
+    full = [key for key, weights in nested.items() if weights]
+    if len(full) > 1:
+        raise ValueError(f"{path}: tensors under {full[0]!r} and under {full[1]!r}; save one state dict")
+    weights = nested[full[0]] if full else _tensors_of(loaded)
+    if not weights:
+        raise ValueError(
+            f"{path}: no tensors by name, neither at the top nor under {', '.join(NESTED)}; save the model's state dict"
+        )
+    inner = [key for key, value in loaded.items() if isinstance(value, dict) and (key in nested or _tensors_of(value))]
+    if not full and inner:  # what lies at the top may be a loss, and the weights are in there
+        raise ValueError(
+            f"{path}: tensors at the top and a dict under {inner[0]!r}; save the state dict alone or under 'model'"
+        )
+    if not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"{path}: tensors are named by something other than strings; save a state dict")
+    return weights
+
+
+def _tensors_of(held: dict[Any, Any]) -> dict[Any, torch.Tensor]:
+    return {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
 
 
 def _start_of_mapping(path: Path, records: dict[int, int], loaded: Any) -> int:

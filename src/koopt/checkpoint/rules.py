@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,8 +10,8 @@ import torch
 from koopt import linalg
 from koopt.checkpoint.factors import resolution
 from koopt.checkpoint.steps import even_grid
-from koopt.forecasters import METHODS
-from koopt.operator import fit, fit_in_form
+from koopt.forecasters import METHODS, RANKS, require_options
+from koopt.operator import fit_in_form
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -67,14 +66,7 @@ class Outcome(NamedTuple):
 
 def check(rule: Rule, checkpoints: int, holdout: bool = False) -> None:
     """Refuse what no checkpoint would make right: unknown methods and options, too few of them."""
-    if rule.method not in METHODS:
-        raise ValueError(f"method is {rule.method!r}, expected one of {', '.join(METHODS)}")
-    allowed = options_of(rule.method)
-    for name in rule.options:
-        if name not in allowed:
-            raise TypeError(
-                f'{name} is not an option of method "{rule.method}", which takes {", ".join(allowed) or "none"}'
-            )
+    require_options(rule.method, rule.options)
     if isinstance(rule.ahead, bool) or not isinstance(rule.ahead, (int, float)) or not rule.ahead >= 0:
         raise ValueError(f"ahead is {rule.ahead!r}, expected optimizer steps >= 0 after the last checkpoint, or inf")
     if math.isinf(rule.ahead) and rule.method in (*TIMED, "dema"):
@@ -84,13 +76,6 @@ def check(rule: Rule, checkpoints: int, holdout: bool = False) -> None:
         more = " and one held out" if holdout else ""
         raise ValueError(f"{rule.method} needs at least {least} checkpoints{more}, got {checkpoints}; give more")
     METHODS[rule.method](torch.arange(float(fitted)).unsqueeze(1), 1, **rule.options)  # refuses options out of range
-
-
-def options_of(method: str) -> tuple[str, ...]:
-    """The options that a method takes from the user."""
-    names = inspect.signature(fit if method == "koopman" else METHODS[method]).parameters
-    own = [name for name in names if name not in ("snapshots", "horizon", "times")]
-    return (*own, "max_modulus") if method == "koopman" else tuple(own)
 
 
 def decide(factor: Factor, times: Float[Tensor, " time"], rule: Rule) -> Outcome:
@@ -181,6 +166,10 @@ def _coefficients(factor: Factor, times: Tensor, rule: Rule) -> tuple[Tensor, Te
     if abs(horizon - round(horizon)) < 1e-9 * max(1.0, horizon) if math.isfinite(horizon) else False:
         horizon = round(horizon)  # whole steps go by powers
     rows = weights @ factor.rows
+    if rule.method == "ensemble" and math.isinf(horizon):  # one whose limit is zero would halve the weights
+        for rank in rule.options.get("ranks", RANKS):
+            part = METHODS["ensemble"](rows, horizon, **{**rule.options, "ranks": (rank,)})
+            _require_some(part, "koopman with --center or --difference")
     if rule.method != "koopman":
         return METHODS[rule.method](rows, horizon, **rule.options) @ weights, none
     options = dict(rule.options)
@@ -192,7 +181,17 @@ def _coefficients(factor: Factor, times: Tensor, rule: Rule) -> tuple[Tensor, Te
         chosen = (shares == share).nonzero().squeeze(-1)
         for part, found in _operators(rows[chosen], factor.state, min(share, 0.5), options):
             coefficients[chosen[part]], ranks[chosen[part]] = found.coefficients(horizon, max_modulus), found.rank
+    if math.isinf(horizon):
+        _require_some(coefficients, "--center, --difference or, where a mode grows, --max-modulus 1")
     return coefficients @ weights, ranks
+
+
+def _require_some(coefficients: Tensor, instead: str) -> None:
+    """Refuse a limit in which everything has died out: no network is meant by zeros."""
+    if bool((coefficients == 0).all(dim=-1).any()):
+        raise ValueError(
+            f"ahead is inf, but an operator without eigenvalue 1 leads to zeros; take {instead}, or a number of steps"
+        )
 
 
 def _operators(rows: Tensor, state: int, rtol: float, options: Mapping[str, Any]) -> Iterator[tuple[Tensor, Operator]]:

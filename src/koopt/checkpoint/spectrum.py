@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from koopt import linalg
 from koopt.checkpoint import factors_of, plan_of, rules
 from koopt.checkpoint.steps import even_grid
 
@@ -37,11 +38,12 @@ def spectrum_of(
 
     Returns:
         What was read, and rows with `group`, `weights`, `rank`, `residual` (one step, relative), `real`, `imaginary`,
-        `modulus`, `half_life` (optimizer steps in which the mode halves; None if it does not) and `seen` (whether each
-        step stands out of the rounding of the stored numbers). A group that does not move has none.
+        `modulus`, `tolerance` (a modulus this close to 1 is not told from it), `half_life` (optimizer steps in which
+        the mode halves; None if it does not) and `seen` (whether each step stands out of the rounding of the stored
+        numbers). A group that does not move has none.
 
     Raises:
-        ValueError, OSError: as :func:`koopt.forecast_checkpoints`.
+        TypeError, ValueError, OSError: as :func:`koopt.forecast_checkpoints`.
     """
     if by not in ("layer", "network"):
         raise ValueError(f"by is {by!r}, expected layer or network")
@@ -55,12 +57,14 @@ def spectrum_of(
         if not bool(moves.all()):
             continue
         op, spacing = rules.operator(factor, times, options)
+        tolerance = max(linalg.ON_CIRCLE, 1 / step[0].item())  # a rounding in each step moves an eigenvalue so far
         shared = {
             "group": slab.group.label,
             "weights": factor.state,
             "rank": int(op.rank[0]),
             "residual": op.residual[0].item(),
             "seen": bool(step[0] >= rules.SEEN),
+            "tolerance": tolerance,
         }
         values = [value for value in op.eigenvalues[0].tolist() if abs(value) > LIVE]
         if options.get("center") and values:  # the constant's own
@@ -71,7 +75,7 @@ def spectrum_of(
                 "real": value.real,
                 "imaginary": value.imag,
                 "modulus": abs(value),
-                "half_life": half_life(abs(value), spacing),
+                "half_life": half_life(abs(value), spacing, tolerance),
             }
             for value in values
         ]
@@ -80,13 +84,13 @@ def spectrum_of(
     return plan, rows
 
 
-def half_life(modulus: float, spacing: float) -> float | None:
-    """Optimizer steps in which a mode halves; None for one that does not decay.
+def half_life(modulus: float, spacing: float, tolerance: float) -> float | None:
+    """Optimizer steps in which a mode halves; None for one that does not decay, to this tolerance of its modulus.
 
-    >>> half_life(0.5, 100.0), half_life(1.0, 100.0)
+    >>> half_life(0.5, 100.0, 1e-8), half_life(0.999, 100.0, 0.01)
     (100.0, None)
     """
-    if modulus >= 1 - 1e-9:
+    if modulus >= 1 - tolerance:
         return None
     return spacing * math.log(2) / -math.log(modulus) if modulus > 0 else 0.0
 
@@ -94,7 +98,7 @@ def half_life(modulus: float, spacing: float) -> float | None:
 def by_group(rows: Sequence[dict[str, Any]], shown: int = 3) -> list[dict[str, Any]]:
     """One line a group for the terminal: its first eigenvalues and the longest half-life.
 
-    >>> row = {"group": "a", "real": 0.5, "imaginary": 0.1, "modulus": 0.51, "half_life": 1.0}
+    >>> row = {"group": "a", "real": 0.5, "imaginary": 0.1, "modulus": 0.51, "half_life": 1.0, "tolerance": 0}
     >>> by_group([row, row | {"imaginary": -0.1}])[0]["eigenvalues"]
     '0.5 ± 0.1i'
     """
@@ -110,7 +114,7 @@ def by_group(rows: Sequence[dict[str, Any]], shown: int = 3) -> list[dict[str, A
             | {
                 "eigenvalues": ", ".join(words[:shown]) + (", ..." if len(words) > shown else ""),
                 "half_life": max(lives, default=None),
-                "growing": sum(row["modulus"] > 1 + 1e-9 for row in members),
+                "growing": sum(row["modulus"] > 1 + row["tolerance"] for row in members),
             }
         )
     return lines

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from koopt.checkpoint.stored import Checkpoint
 
 KEYS = ("step", "global_step", "steps", "iteration")  # in metadata
-NAMED = re.compile(r"(?:step|iter(?:ation)?|checkpoint|ckpt|epoch)s?[-_=]?(\d+)", re.IGNORECASE)
+NAMED = tuple(  # the first that tells checkpoints apart counts: a step says more than an epoch
+    re.compile(rf"(?:{word})s?[-_=]?(\d+)", re.IGNORECASE)
+    for word in ("step", "iter|iteration", "checkpoint|ckpt", "epoch")
+)
 DEGREE = 3  # of the polynomial pieces between unevenly spaced checkpoints
 WIDEST = 3.0  # gaps wider than so many of the narrowest are not filled in
 
@@ -27,17 +30,19 @@ def steps_of(checkpoints: Sequence[Checkpoint], given: Sequence[float] | None = 
 
     Args:
         checkpoints: at least one.
-        given: what the user says they are; else metadata count, if all have them, then the only number that differs
-            between the names, then the number after "step", "checkpoint", "iteration" or "epoch".
+        given: what the user says they are; else metadata count, if all have them, then the number after "step",
+            "iteration", "checkpoint" or "epoch" in the names, then the only number that differs between them.
 
     Raises:
         ValueError: if they cannot be told, are not as many as the checkpoints, or two are the same.
     """
     paths = [str(checkpoint.path) for checkpoint in checkpoints]
-    found = list(given) if given is not None else _from_metadata(checkpoints) or _from_names(paths)
+    from_metadata = None if given is not None else _from_metadata(checkpoints)
+    found = list(given) if given is not None else from_metadata or _from_names(paths)
     if found is None:
+        nameless = next((path for path in paths if not any(word.search(path) for word in NAMED)), paths[0])
         raise ValueError(
-            f"{paths[0]}: no step in its name or metadata that tells it from the others; give --steps, one a checkpoint"
+            f"{nameless}: no step in its name or metadata that tells it from the others; give --steps, one a checkpoint"
         )
     if len(found) != len(paths):
         raise ValueError(f"--steps: {len(found)} for {len(paths)} checkpoints, expected one each, in the same order")
@@ -46,8 +51,10 @@ def steps_of(checkpoints: Sequence[Checkpoint], given: Sequence[float] | None = 
         raise ValueError(f"--steps: {bad[0]} is not a step; give a number for each checkpoint")
     for i, step in enumerate(found):
         if step in found[:i]:
+            kept = from_metadata and checkpoints[i].kind == "pt"
+            why = "; a .pt forecast keeps the step of the checkpoint it was made from" if kept else ""
             raise ValueError(
-                f"{paths[i]}: step {step:g} is that of {paths[found.index(step)]} too; "
+                f"{paths[i]}: step {step:g} is that of {paths[found.index(step)]} too{why}; "
                 "leave one out, or give their --steps"
             )
     return [float(step) for step in found]
@@ -65,13 +72,15 @@ def _from_metadata(checkpoints: Sequence[Checkpoint]) -> list[float] | None:
 
 
 def _from_names(paths: Sequence[str]) -> list[float] | None:
-    digits = [re.findall(r"\d+", path) for path in paths]
-    if len({re.sub(r"\d+", "0", path) for path in paths}) == 1:
-        differing = [column for column in zip(*digits, strict=True) if len(set(column)) > 1]
-        if len(differing) == 1:
-            return [_number(text) for text in differing[0]]
-    named = [NAMED.findall(path) for path in paths]
-    return [_number(numbers[-1]) for numbers in named] if all(named) else None
+    found = [[word.findall(path) for path in paths] for word in NAMED]
+    named = [[_number(numbers[-1]) for numbers in column] for column in found if all(column)]
+    if named:  # where none differs it is the same step of several runs, which steps_of refuses
+        return next((column for column in named if len(set(column)) > 1), named[0])
+    if len({re.sub(r"\d+", "0", path) for path in paths}) > 1:
+        return None
+    digits = zip(*(re.findall(r"\d+", path) for path in paths), strict=True)
+    differing = [column for column in digits if len(set(column)) > 1]
+    return [_number(text) for text in differing[0]] if len(differing) == 1 else None
 
 
 def _number(digits: str) -> float:

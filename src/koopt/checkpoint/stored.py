@@ -1,16 +1,15 @@
-"""What a checkpoint is here: named tensors, each at a place in a file; opened, ordered and compared, not yet read."""
+"""What a checkpoint is here: named tensors, each at a place in a file; ordered and compared, not yet read."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 SMALL = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # what can be forecast
 
@@ -40,6 +39,11 @@ class Entry(NamedTuple):
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
 
+    @property
+    def place(self) -> tuple[Path, int, int]:
+        """Which bytes it is; tied tensors share theirs."""
+        return self.file, self.offset, self.nbytes
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -58,37 +62,6 @@ class Checkpoint:
     entries: dict[str, Entry]
     metadata: dict[str, object] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
-
-
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read names, shapes and places of a checkpoint's tensors, not the tensors.
-
-    Args:
-        path: a `.safetensors` file, a folder with one or with shards and their index (or the index itself), or a `.pt`,
-            `.pth`, `.ckpt` or `.bin` file as ``torch.save`` writes it.
-
-    Raises:
-        ValueError: if the file is damaged or would have to run code, naming it and what is wrong.
-        OSError: if it cannot be read.
-    """
-    from koopt.checkpoint import folders, pickled, safe
-
-    place = Path(path)
-    if place.name.endswith(".safetensors.index.json"):
-        place = place.parent
-    if not place.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; check the name")
-    if place.is_dir():
-        return folders.open_folder(place)
-    if not place.is_file():
-        raise ValueError(f"{path}: not a regular file; give a checkpoint's file or folder")
-    if place.suffix == ".safetensors":
-        return safe.open_safetensors(place)
-    if place.suffix in pickled.SUFFIXES:
-        return pickled.open_pickled(place)
-    raise ValueError(
-        f"{path}: unknown kind {place.suffix!r}, expected .safetensors, {', '.join(pickled.SUFFIXES)}, or a folder"
-    )
 
 
 def require_alike(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> None:
@@ -112,13 +85,20 @@ def require_alike(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> No
 
 
 def require_same_names(checkpoints: Sequence[Checkpoint], chosen: Sequence[Sequence[str]]) -> None:
-    """Refuse a checkpoint with chosen tensors that the last one lacks."""
-    known = set(chosen[-1])
+    """Refuse a checkpoint with chosen tensors that the last one lacks, or has tied to others."""
+    last, known = checkpoints[-1], set(chosen[-1])
+    owners = {last.entries[name].place: name for name in chosen[-1]}
     for checkpoint, names in zip(checkpoints[:-1], chosen[:-1], strict=True):
         extra = [name for name in names if name not in known]
+        tied = [name for name in extra if name in last.entries and last.entries[name].place in owners]
+        if tied:
+            raise ValueError(
+                f"{checkpoint.path}: tensor {tied[0]!r} is one of its own, in {last.path} it is tied to "
+                f"{owners[last.entries[tied[0]].place]!r}; give checkpoints that tie the same, or leave both out"
+            )
         if extra:
             raise ValueError(
-                f"{checkpoint.path}: tensor {extra[0]!r} is not in {checkpoints[-1].path}; "
+                f"{checkpoint.path}: tensor {extra[0]!r} is not in {last.path}; "
                 "give checkpoints of one model, or leave it out with --exclude"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 from collections import deque
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 WORKERS = min(4, os.cpu_count() or 1)  # more than a few only wait for the disk
 BUDGET = 256 * 2**20 // WORKERS  # bytes of a block, over all checkpoints; each worker holds one
+OPEN = 64 // WORKERS  # files that each worker keeps open; a process may have 256 or 1024 in all
 LARGEST = 8 * 2**20  # bytes of a block in one checkpoint
 
 
@@ -119,12 +121,12 @@ def work_through(
 
 
 class Desk:
-    """What one worker reads with: a buffer and an open file for each checkpoint."""
+    """What one worker reads with: a buffer, and an open file for each of the first checkpoints."""
 
     def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
         self._checkpoints = checkpoints
         self._buffer = np.empty(len(checkpoints) * block_bytes(len(checkpoints)), np.uint8)
-        self._open: list[tuple[Path, BinaryIO] | None] = [None] * len(checkpoints)
+        self._open: dict[int, tuple[Path, BinaryIO]] = {}
 
     def read(self, block: Block) -> Tensor:
         """The numbers of a block, `(checkpoints, numbers)` in the stored dtype; valid until the next call."""
@@ -133,24 +135,28 @@ class Desk:
         length = block.numbers * dtype.itemsize
         held = self._buffer[: len(entries) * length]
         for i, entry in enumerate(entries):
-            file = self._file(i, entry.file)
-            file.seek(entry.offset + block.start * dtype.itemsize)
-            read_fully(file, held.data[i * length : (i + 1) * length], entry.file, block.name)
+            with self._file(i, entry.file) as file:
+                file.seek(entry.offset + block.start * dtype.itemsize)
+                read_fully(file, held.data[i * length : (i + 1) * length], entry.file, block.name)
         return torch.from_numpy(held).view(dtype).view(len(entries), block.numbers)
 
     def close(self) -> None:
         """Close the files."""
-        for held in self._open:
-            if held is not None:
-                held[1].close()
+        for _, file in self._open.values():
+            file.close()
 
-    def _file(self, index: int, path: Path) -> BinaryIO:
-        held = self._open[index]
-        if held is None or held[0] != path:
-            if held is not None:
-                held[1].close()
-            held = self._open[index] = (path, path.open("rb", buffering=0))
-        return held[1]
+    @contextlib.contextmanager
+    def _file(self, index: int, path: Path) -> Iterator[BinaryIO]:
+        """A checkpoint's file, open; those beyond ``OPEN`` only for as long as it takes."""
+        if index >= OPEN:
+            with path.open("rb", buffering=0) as file:
+                yield file
+            return
+        if index not in self._open or self._open[index][0] != path:
+            if index in self._open:
+                self._open.pop(index)[1].close()
+            self._open[index] = (path, path.open("rb", buffering=0))
+        yield self._open[index][1]
 
 
 def read_fully(file: BinaryIO, place: memoryview, path: Path, name: str) -> None:

@@ -40,10 +40,13 @@ class Target(NamedTuple):
     lock: threading.Lock
 
 
-def require_output(output: Path, checkpoints: Sequence[Checkpoint]) -> None:
+def require_output(output: Path, checkpoints: Sequence[Checkpoint], overwrite: bool = False) -> None:
     """Refuse, before any work, an output that is an input, of another kind than the last checkpoint, or in the way."""
     last = checkpoints[-1]
-    place = output.resolve()
+    try:
+        place = output.resolve()
+    except (OSError, RuntimeError):  # RuntimeError before Python 3.13
+        raise ValueError(f"{output}: a symbolic link to itself; choose another name") from None
     for checkpoint in checkpoints:
         taken = [checkpoint.path.resolve(), *(file.resolve() for file in checkpoint.files)]
         if place in taken or any(output.exists() and output.samefile(path) for path in taken):
@@ -63,6 +66,8 @@ def require_output(output: Path, checkpoints: Sequence[Checkpoint]) -> None:
         raise FileNotFoundError(f"{output.parent}: no such folder to write {output.name} to; make it first")
     if not os.access(output.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{output.parent}: cannot be written; choose another folder")
+    if last.kind != "folder" and os.path.lexists(output) and not overwrite:
+        raise FileExistsError(f"{output}: exists already; choose another name, or take --force to replace it")
     needed = sum(file.stat().st_size for file in last.files)
     free = shutil.disk_usage(output.parent).free
     if needed > free:

@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from koopt.names import shortened
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from rich.table import Table
+
+
+LEAST_OF_A_NAME = 20  # letters of a name that tell it from others
 
 
 def machine() -> dict[str, Any]:
@@ -78,10 +83,19 @@ def _write(folder: Path, result: dict[str, Any]) -> Path:
     return path
 
 
-def table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> Table:
-    """A terminal table; `columns` maps a row's key to its heading."""
+def table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]], width: int | None = None) -> Table:
+    """A terminal table.
+
+    Args:
+        title: above it.
+        columns: a row's key to its heading.
+        rows: values by key; other keys are left out.
+        width: letters that a line should have at most: names in the first column are shortened for it, as far
+            as that tells them apart. Nothing else is cut, so print it with ``crop=False``. None: as the console does.
+    """
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     drawn = Table(
         title=title,
@@ -91,13 +105,28 @@ def table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for key, heading in columns.items():
+    cells = [[_shown(row.get(key)) for key in columns] for row in rows]
+    widths = [
+        max(map(len, [*heading.split("\n"), *(line[i] for line in cells)]))
+        for i, heading in enumerate(columns.values())
+    ]
+    if width is not None:
+        most = max(LEAST_OF_A_NAME, width - sum(widths[1:]) - 2 * len(widths))  # and two spaces a column
+        names = shortened([line[0] for line in cells], most)
+        cells = [[name, *others] for name, (_, *others) in zip(names, cells, strict=True)]
+        widths[0] = max(map(len, [*next(iter(columns.values())).split("\n"), *names]))
+    for (key, heading), least in zip(columns.items(), widths, strict=True):
         numeric = any(isinstance(row.get(key), (int, float)) for row in rows)
-        drawn.add_column(heading, justify="right" if numeric else "left", no_wrap=True, vertical="bottom")
-    for row in rows:
-        drawn.add_row(
-            *(_shown(row.get(key)) for key in columns), style="bold" if row.get("setting") == "recommended" else ""
+        drawn.add_column(
+            heading,
+            justify="right" if numeric else "left",
+            no_wrap=True,
+            vertical="bottom",
+            min_width=None if width is None else least,
         )
+    for row, line in zip(rows, cells, strict=True):
+        shown = map(Text, line)  # as they stand: brackets in names are no markup
+        drawn.add_row(*shown, style="bold" if row.get("setting") == "recommended" else "")
     return drawn
 
 
