@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import koopt
+from koopt import report
 from koopt.bench.tasks import TASKS
-from koopt.experiments import report
 
 SETS = {  # task, steps between checkpoints, how many of them, rate, window, origins apart, checkpoints ahead
     "mnist-mlp, each epoch": ("mnist-mlp", 852, 10, 1e-3, 5, 1, (0.5, 1)),

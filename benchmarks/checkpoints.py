@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 import koopt
 from koopt.checkpoint.factors import measure, rows_of
-from koopt.experiments.report import machine
+from koopt.report import machine
 
 MIB = 2**20
 LAYER = 16 * MIB

@@ -25,8 +25,8 @@ from choosing_tasks import MNIST, Regression, Task, de_solver, mnist, regression
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from koopt import metrics
-from koopt.experiments import minibatch, recording, report
+from koopt import metrics, report
+from koopt.experiments import minibatch, recording
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib.figure
 
-from koopt.experiments import report
+from koopt import report
 from koopt.plot import COLORS, INK
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, track
 
-from koopt import metrics
-from koopt.experiments import recording, report
+from koopt import metrics, report
+from koopt.experiments import recording
 from koopt.experiments.methods import OPTIMIZERS, Method, forecast, loss_of, weights_at
 
 T = 2_500

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from koopt import metrics
-from koopt.experiments import classifier, data, minibatch, mnist_methods, report
+from koopt import metrics, report
+from koopt.experiments import classifier, data, minibatch, mnist_methods
 
 RTOLS = (1e-3, 3e-4, 1e-4, 5e-5, 1e-5)
 COLUMNS = {

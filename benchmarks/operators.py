@@ -36,7 +36,7 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 
 import koopt
-from koopt.experiments import report
+from koopt import report
 from koopt.plot import COLORS
 
 if TYPE_CHECKING:

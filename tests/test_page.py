@@ -8,7 +8,8 @@ import matplotlib.figure
 import pytest
 from playwright.sync_api import sync_playwright
 
-from koopt.experiments import page, report, verdicts
+from koopt import report
+from koopt.experiments import page, verdicts
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 SOLVER = [

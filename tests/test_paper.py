@@ -13,7 +13,8 @@ from rich.console import Console
 from torch.testing import assert_close
 
 import koopt
-from koopt.experiments import de_solver, figure2, methods, oscillator, recording, report, timing
+from koopt import report
+from koopt.experiments import de_solver, figure2, methods, oscillator, recording, timing
 
 SMALL = methods.Settings(
     optimizers=("adagrad",),

@@ -20,7 +20,8 @@ from scipy.integrate import solve_ivp
 from torch import nn
 from torch.testing import assert_close
 
-from koopt.experiments import oscillator, recording, system, workers
+from koopt import system
+from koopt.experiments import oscillator, recording, workers
 from koopt.experiments.recording import Run
 
 RUN = Run("adagrad", seeds=2, seed=3, steps=500, t1=120, t2=330)

@@ -2,8 +2,7 @@
 
 from rich.console import Console
 
-from koopt import terminal
-from koopt.experiments import report
+from koopt import report, terminal
 
 
 def test_a_log_file_tells_how_far_it_is_while_it_goes(capsys, monkeypatch):

@@ -150,7 +150,7 @@ def _reproduce_one(given: argparse.Namespace) -> int:
         rows = _experiment(given.name).reproduce(settings, given.output, progress)
     if rows is None:
         raise KeyboardInterrupt
-    from koopt.experiments import report
+    from koopt import report
 
     report.add_command(given.output, _command(given.name, given))
     console = terminal.wide_console()
@@ -165,7 +165,8 @@ def _reproduce_one(given: argparse.Namespace) -> int:
 
 def _reproduce_all(given: argparse.Namespace) -> int:
     """Every experiment into a folder of its own, then the report of those that are there."""
-    from koopt.experiments import page, report, system
+    from koopt import report, system
+    from koopt.experiments import page
 
     system.require_folder(given.output, "--output")
     for name in ORDER:
@@ -207,8 +208,8 @@ def _of_the_others(folders: dict[str, Path], given: argparse.Namespace) -> dict[
 
 
 def _bench(given: argparse.Namespace) -> int:
+    from koopt import report
     from koopt.bench import command, results
-    from koopt.experiments import report
 
     methods = None if given.methods is None else tuple(name.strip() for name in given.methods.split(","))
     settings = command.settings(methods, given.seeds, given.seed, given.quick, given.jobs, given.report)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from functools import cache
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from koopt import linalg
 from koopt.distributed import bare
-from koopt.forecasters import METHODS
+from koopt.forecasters import METHODS, require_options
 from koopt.horizon import Plan, plan
 from koopt.memory import free_memory
 from koopt.operator import fit
@@ -28,6 +26,29 @@ if TYPE_CHECKING:
 
 SLAB = 2**22  # numbers of a window that are fitted at a time, each in several float64 copies
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def dtype_of_records(named: Mapping[str, Tensor], dtype: torch.dtype | None) -> torch.dtype:
+    """In which parameters are recorded: as is asked for, or their own, at least float32.
+
+    Args:
+        named: the parameters by name.
+        dtype: what is asked for.
+
+    Raises:
+        TypeError: if that is no floating-point dtype, or a parameter is complex.
+
+    >>> dtype_of_records({"weight": torch.zeros(1, dtype=torch.bfloat16)}, None)
+    torch.float32
+    """
+    for name, parameter in named.items():
+        if parameter.is_complex():
+            raise TypeError(f"model: {name!r} is {parameter.dtype}, only real weights are recorded; freeze it")
+    if dtype is None:
+        return torch.float64 if any(p.dtype == torch.float64 for p in named.values()) else torch.float32
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}, or None")
+    return dtype
 
 
 class Trajectory:
@@ -78,13 +99,7 @@ class Trajectory:
             raise TypeError(f"average is {average!r}, expected True or False")
         model = bare(model)
         named = trainable(model)
-        for name, parameter in named.items():
-            if parameter.is_complex():
-                raise TypeError(f"model: {name!r} is {parameter.dtype}, only real weights are recorded; freeze it")
-        if dtype is None:
-            dtype = torch.float64 if any(p.dtype == torch.float64 for p in named.values()) else torch.float32
-        if dtype not in DTYPES:
-            raise TypeError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}, or None")
+        dtype = dtype_of_records(named, dtype)
         self._model, self._named = model, named
         self._parameters = list(named.values())
         self._together = len({parameter.device for parameter in self._parameters}) == 1
@@ -201,12 +216,7 @@ class Trajectory:
         >>> traj.forecast(10, method="line")
         {'weight': tensor([[13.]])}
         """
-        if method not in METHODS:
-            raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
-        for name in options:
-            if name not in _options_of(method):
-                allowed = ", ".join(_options_of(method)) or "no options"
-                raise TypeError(f'{name} is not an option of method "{method}", which takes {allowed}')
+        require_options(method, options)
         if isinstance(steps, bool) or not isinstance(steps, Real):
             raise TypeError(f"steps is {type(steps).__name__}, expected a number of optimizer steps, or math.inf")
         if not steps >= 0:
@@ -395,14 +405,6 @@ def _continue_slab(window: Tensor, horizon: float, method: str, options: Mapping
         return linalg.combine(METHODS[method](window, horizon, **options), window)
     fit_options = {name: value for name, value in options.items() if name != "max_modulus"}
     return fit(window, **fit_options).forecast(horizon, options.get("max_modulus"))
-
-
-@cache
-def _options_of(method: str) -> tuple[str, ...]:
-    rule = fit if method == "koopman" else METHODS[method]
-    # a trajectory's snapshots are evenly spaced: `times` is for checkpoints
-    names = [name for name in inspect.signature(rule).parameters if name not in ("snapshots", "horizon", "times")]
-    return (*names, "max_modulus") if method == "koopman" else tuple(names)
 
 
 def _first_not_finite(weights: Mapping[str, Tensor]) -> str | None:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from koopt import plot
+from koopt import plot, report, system
 from koopt.bench import figures, protocol, results, statistics
 from koopt.bench.run import Curve
 from koopt.bench.trials import Trials
-from koopt.experiments import report, system
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

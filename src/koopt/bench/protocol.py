@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from koopt import system
 from koopt.bench import statistics
 from koopt.bench.method import Trainer
 from koopt.bench.run import Record
 from koopt.bench.trials import Trials, Way
-from koopt.experiments import system
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import koopt
-from koopt.experiments import system
+from koopt import system
 from koopt.live.guard import untouched
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import koopt
+from koopt import report
 from koopt.bench.run import Curve, Record, run
-from koopt.experiments import report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

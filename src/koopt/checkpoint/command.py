@@ -102,7 +102,7 @@ def _add_shared(parser: argparse.ArgumentParser, by: tuple[str, ...], default: s
 
 def run_forecast(given: argparse.Namespace) -> int:
     """``koopt forecast``; returns the exit code."""
-    from koopt.experiments import system
+    from koopt import system
 
     if given.output is None and not (given.dry_run or given.holdout):
         raise ValueError("--output is missing; name the file or folder to write, or give --holdout or --dry-run")
@@ -170,8 +170,7 @@ def run_spectrum(given: argparse.Namespace) -> int:
     """``koopt spectrum``; returns the exit code."""
     from matplotlib.figure import Figure
 
-    from koopt import plot
-    from koopt.experiments import system
+    from koopt import plot, system
 
     system.require_folder(given.output, "--output")
     with _one_line(), terminal.progress_in_bytes() as progress:
@@ -244,7 +243,7 @@ def _end(number: int, _: object) -> NoReturn:
 
 
 def _print(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> None:
-    from koopt.experiments import report
+    from koopt import report
 
     print(f"\n{title}")
     console = terminal.wide_console()
@@ -254,7 +253,7 @@ def _print(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> N
 
 
 def _write(folder: Path, name: str, given: argparse.Namespace, rows: list[dict[str, Any]], figures: list[str]) -> None:
-    from koopt.experiments import report
+    from koopt import report
 
     folder.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}

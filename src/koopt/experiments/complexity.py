@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.figure
 import numpy as np
 
-from koopt import plot
-from koopt.experiments import complexity_rows, figure2, panels, report, scaling, system
+from koopt import plot, report, system
+from koopt.experiments import complexity_rows, figure2, panels, scaling
 from koopt.experiments.complexity_rows import QUICK, SIZES, Settings
 
 if TYPE_CHECKING:

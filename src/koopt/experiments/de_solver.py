@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 import koopt
-from koopt import metrics
-from koopt.experiments import figure2, oscillator, recording, report, system
+from koopt import metrics, report, system
+from koopt.experiments import figure2, oscillator, recording
 from koopt.experiments.methods import (
     OPTIMIZERS,
     Forecast,

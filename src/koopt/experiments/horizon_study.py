@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import koopt
-from koopt import metrics
-from koopt.experiments import de_solver, figure2, methods, panels, recording, report, system
+from koopt import metrics, report, system
+from koopt.experiments import de_solver, figure2, methods, panels, recording
 from koopt.experiments.methods import Method, forecast, loss_of, weights_at
 from koopt.experiments.noisy_windows import minibatch_windows, noise_row
 from koopt.experiments.recording import TRAIL

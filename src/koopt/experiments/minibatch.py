@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import koopt
-from koopt.experiments import classifier, data, system, workers
+from koopt import system
+from koopt.experiments import classifier, data, workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from koopt import metrics
-from koopt.experiments import classifier, data, figure3, minibatch, report, system
+from koopt import metrics, report, system
+from koopt.experiments import classifier, data, figure3, minibatch
 from koopt.experiments.mnist_methods import QUICK as QUICK
 from koopt.experiments.mnist_methods import (
     Method,

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 import koopt
-from koopt import linalg, metrics
-from koopt.experiments import figure_s4, online, perceptron_claims, report, system
+from koopt import linalg, metrics, report, system
+from koopt.experiments import figure_s4, online, perceptron_claims
 from koopt.experiments.figure_s4 import PARTITIONS
 from koopt.experiments.perceptron_claims import Evaluated, mean_and_error
 from koopt.forecasters import METHODS

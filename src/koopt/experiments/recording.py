@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from koopt.experiments import oscillator, system, workers
+from koopt import system
+from koopt.experiments import oscillator, workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

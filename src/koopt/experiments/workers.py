@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from koopt.experiments import system
+from koopt import system
 from koopt.memory import free_memory
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from koopt.live.settings import Settings
 from koopt.live.window import nbytes_of
 from koopt.memory import free_memory
 from koopt.partitions import trainable
-from koopt.trajectory import DTYPES
+from koopt.trajectory import dtype_of_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -138,10 +138,7 @@ def attach(
     sharding.reshard(sharding.sharding_modules(model))
     named = _trained(inner, distributed.bare(model))
     parameters = [sharding.local(parameter) for parameter in named.values()]
-    if dtype is None:
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
-    if dtype not in DTYPES:
-        raise TypeError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}, or None")
+    dtype = dtype_of_records(named, dtype)
     place = torch.device(device) if device is not None else parameters[0].device
     if history is None:  # by the whole parameters, so that all processes have the same
         history = secants.default_length(list(named.values()), dtype)
@@ -182,9 +179,6 @@ def _trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn
     named = {name: parameter for name, parameter in trainable(model).items() if parameter in held}
     if not named:
         raise ValueError("model: none of its trainable parameters is in the optimizer; pass the model that it trains")
-    for name, parameter in named.items():
-        if parameter.is_complex():
-            raise TypeError(f"model: {name!r} is {parameter.dtype}, only real weights are recorded; freeze it")
     return named
 
 

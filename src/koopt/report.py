@@ -1,4 +1,4 @@
-"""What an experiment leaves behind: result.json, a table in the terminal, the machine it ran on."""
+"""What a command leaves behind: result.json, a table in the terminal, the machine it ran on."""
 
 from __future__ import annotations
 
