@@ -73,10 +73,11 @@ def test_every_public_name_exists():
 def test_every_public_name_is_documented_with_an_example(name):
     value = getattr(koopt, name)
     assert inspect.getdoc(value), f"koopt.{name} has no docstring"
-    methods = (
-        [member for key, member in vars(value).items() if not key.startswith("_")] if inspect.isclass(value) else []
-    )
-    assert example_of(value) or any(example_of(method) for method in methods), f"koopt.{name} has no example"
+    public = {key: member for key, member in vars(value).items() if not key.startswith("_")}
+    members = [key for key, member in public.items() if callable(member) or isinstance(member, property)]
+    assert example_of(value) or (inspect.isclass(value) and members), f"koopt.{name} has no example"
+    for key in members if inspect.isclass(value) else []:
+        assert example_of(public[key]), f"koopt.{name}.{key} has no example"
 
 
 def test_no_module_shares_a_public_name():

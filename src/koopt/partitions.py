@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from jaxtyping import Shaped
     from torch import Tensor
 
     Labels = Callable[[str, nn.Parameter], "Tensor | Hashable"]
@@ -45,7 +46,11 @@ class Partition:
 
     @property
     def size(self) -> int:
-        """The number of weights."""
+        """The number of weights.
+
+        >>> koopt.partition(nn.Linear(2, 1)).size
+        3
+        """
         return sum(shape.numel() for shape in self.shapes)
 
     @property
@@ -61,7 +66,7 @@ class Partition:
             for group, place in zip(self.groups, self.places, strict=True)
         )
 
-    def gather(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
+    def gather(self, weights: Mapping[str, Tensor]) -> list[Shaped[Tensor, "*lead _ _"]]:
         """Collect weights into patches.
 
         Args:
@@ -81,7 +86,7 @@ class Partition:
         """
         return self.gather_flat(self.flatten(weights))
 
-    def scatter(self, patches: Sequence[Tensor]) -> dict[str, Tensor]:
+    def scatter(self, patches: Sequence[Shaped[Tensor, "*_"]]) -> dict[str, Tensor]:
         """Put patches back where :meth:`gather` took them from: its exact inverse.
 
         Args:
@@ -100,8 +105,23 @@ class Partition:
         """
         return self.unflatten(self.scatter_flat(patches))
 
-    def flatten(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """All weights as one tensor `(*lead, size)`; arguments and errors as :meth:`gather`."""
+    def flatten(self, weights: Mapping[str, Tensor]) -> Shaped[Tensor, "*lead weights"]:
+        """All weights as one tensor.
+
+        Args:
+            weights: as in :meth:`gather`.
+
+        Returns:
+            `(*lead, size)`, in a dtype that holds all of the given ones.
+
+        Raises:
+            KeyError: if a parameter is missing.
+            ValueError: if a shape does not fit.
+
+        >>> parts = koopt.partition(nn.Linear(2, 1))
+        >>> parts.flatten({"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.tensor([3.0])})
+        tensor([1., 2., 3.])
+        """
         pieces, first = [], None
         for name, shape in zip(self.names, self.shapes, strict=True):
             if name not in weights:
@@ -117,8 +137,17 @@ class Partition:
             pieces.append(tensor.reshape(*lead, shape.numel()))
         return torch.cat(pieces, dim=-1)
 
-    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
-        """The inverse of :meth:`flatten`: views into `flat`.
+    def unflatten(self, flat: Shaped[Tensor, "*_"]) -> dict[str, Tensor]:
+        """The inverse of :meth:`flatten`.
+
+        Args:
+            flat: `(*lead, size)`.
+
+        Returns:
+            Weights by name, each `(*lead, *shape)`, views into `flat`.
+
+        Raises:
+            ValueError: if the shape does not fit.
 
         >>> koopt.partition(nn.Linear(2, 1)).unflatten(torch.tensor([1.0, 2.0, 3.0]))
         {'weight': tensor([[1., 2.]]), 'bias': tensor([3.])}
@@ -132,8 +161,17 @@ class Partition:
             for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
         }
 
-    def gather_flat(self, flat: Tensor) -> list[Tensor]:
-        """:meth:`gather` from the tensor `(*lead, size)` that :meth:`flatten` makes; views of consecutive groups.
+    def gather_flat(self, flat: Shaped[Tensor, "*_"]) -> list[Shaped[Tensor, "*lead _ _"]]:
+        """:meth:`gather` from the tensor that :meth:`flatten` makes.
+
+        Args:
+            flat: `(*lead, size)`.
+
+        Returns:
+            One tensor `(*lead, patches, state)` a patch size, a view where its weights are consecutive.
+
+        Raises:
+            ValueError: if the shape does not fit.
 
         >>> koopt.partition(nn.Linear(2, 2)).gather_flat(torch.arange(6.0))
         [tensor([[0., 1., 4.],
@@ -150,8 +188,17 @@ class Partition:
             patches.append(picked.reshape(flat.shape[:-1] + group))
         return patches
 
-    def scatter_flat(self, patches: Sequence[Tensor]) -> Tensor:
-        """:meth:`scatter` into one tensor `(*lead, size)`, a view where the patches are already that.
+    def scatter_flat(self, patches: Sequence[Shaped[Tensor, "*_"]]) -> Shaped[Tensor, "*lead weights"]:
+        """:meth:`scatter` into one tensor.
+
+        Args:
+            patches: as :meth:`gather` returns them.
+
+        Returns:
+            `(*lead, size)`, a view where the patches are already that.
+
+        Raises:
+            ValueError: if the number of patches or their shapes do not fit.
 
         >>> koopt.partition(nn.Linear(2, 2)).scatter_flat([torch.tensor([[0.0, 1.0, 4.0], [2.0, 3.0, 5.0]])])
         tensor([0., 1., 2., 3., 4., 5.])

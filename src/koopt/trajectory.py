@@ -20,6 +20,7 @@ from koopt.partitions import Partition, partition_of, trainable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from jaxtyping import Float
     from torch import Tensor, nn
 
     from koopt.partitions import Labels
@@ -67,7 +68,7 @@ class Trajectory:
     Attributes:
         window, stride, average: as given.
         steps: how often :meth:`record` was called.
-        nbytes: the memory of the window, all of it taken at the start.
+        nbytes: the memory of the window, all of it taken at the start; a forecast takes a copy of a full window.
 
     Raises:
         TypeError: if `dtype` is not a real floating-point dtype, or a trainable parameter is complex.
@@ -128,12 +129,23 @@ class Trajectory:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The recorded parameters, in the order of the columns of :meth:`snapshots`."""
+        """The recorded parameters, in the order of the columns of :meth:`snapshots`.
+
+        >>> koopt.Trajectory(nn.Linear(2, 1)).names
+        ('weight', 'bias')
+        """
         return self._whole.names
 
     @property
     def age(self) -> float:
-        """Optimizer steps since the last snapshot; a block mean that has just closed is (stride - 1)/2 old."""
+        """Optimizer steps since the last snapshot; a block mean that has just closed is (stride - 1)/2 old.
+
+        >>> traj = koopt.Trajectory(nn.Linear(2, 1), stride=10, average=True)
+        >>> for _ in range(12):
+        ...     traj.record()
+        >>> traj.age
+        6.5
+        """
         if self.average:
             return self.steps % self.stride + (self.stride - 1) / 2
         return (self.steps - 1) % self.stride
@@ -171,7 +183,7 @@ class Trajectory:
         if in_block == self.stride - 1:
             torch.div(self._sum, self.stride, out=self._row(self._taken(self.steps)))
 
-    def snapshots(self) -> Tensor:
+    def snapshots(self) -> Float[Tensor, "time weights"]:
         """The window in order of time, a copy `(time, weights)`; columns as ``Partition.flatten`` orders them.
 
         >>> traj = koopt.Trajectory(nn.Linear(2, 1))
@@ -270,6 +282,17 @@ class Trajectory:
         Raises:
             ValueError: if the window has another number of snapshots, a parameter was replaced, or the forecast is not
                 finite.
+
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> traj = koopt.Trajectory(model)
+        >>> for value in range(9):  # stands for training steps
+        ...     _ = nn.init.constant_(model.weight, float(value))
+        ...     traj.record()
+        >>> plan = traj.plan(2)
+        >>> if plan.horizon:  # else it is refused, and leads nowhere
+        ...     koopt.load_into(model, traj.follow(plan))
+        >>> model.weight.item()
+        10.0
         """
         self._require_same_parameters()
         return self._as_parameters(found.forecast(self._ordered()))

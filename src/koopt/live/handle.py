@@ -129,7 +129,8 @@ class Live:
 
         Without a guard a fixed rule: half an average, half a double average. With one, five blends of averages,
         operators and lines are evaluated at each call, and the one that did best so far is taken: six evaluations,
-        outside the budget. It is never worse by the guard than the weights as they are.
+        outside the budget (in mode "jump", which holds no averages, 15 candidates of the last steps). It is never worse
+        by the guard than the weights as they are.
 
         Args:
             steps: optimizer steps ahead, by the operator; None: as far as is best.
@@ -213,6 +214,14 @@ class Live:
 
         Returns:
             The matplotlib figure.
+
+        Raises:
+            ImportError: without the extra `experiments`.
+
+        >>> model = nn.Linear(1, 1)
+        >>> koop = koopt.attach(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        >>> koop.report().axes[0].get_xlabel()
+        'optimizer step'
         """
         from koopt import plot
 
@@ -250,6 +259,13 @@ class Live:
 
         Raises:
             ValueError: naming the setting that differs, or what is missing or malformed.
+
+        >>> model = nn.Linear(1, 1)
+        >>> koop = koopt.attach(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        >>> other = koopt.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, window=10)
+        >>> koop.load_state_dict(other.state_dict())
+        Traceback (most recent call last):
+        ValueError: state: recorded with window=10, this run has window=56; make them the same
         """
         jumps = self._require_fits(state)
         for name, part in self._parts().items():
