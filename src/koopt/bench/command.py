@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -148,7 +149,7 @@ def _draw_curves(outcome: Outcome, folder: Path) -> str:
     figure = Figure(figsize=(8.4, 5.2), layout="constrained")
     ax = figures.loss_curves(figure.subplots(), along, losses, outcome.targets, _unit(measure))
     seeds = max(len(records) for records in outcome.records.values())
-    ax.set_title(f"{outcome.task.about}, {seeds} seeds", loc="left", fontsize=11)
+    ax.set_title(textwrap.fill(f"{outcome.task.about}, {seeds} seeds", 60), loc="left", fontsize=11)
     figure.legend(loc="outside right upper", fontsize=9, frameon=False)
     return _save(figure, folder, "loss.png")
 
