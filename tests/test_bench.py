@@ -522,7 +522,7 @@ def test_changed_sources_are_told(bowls, monkeypatch):
 def test_digest_of_what_the_code_does(tmp_path):
     texts = [
         "def f():\n    return 1\n",
-        '"""Doc."""\ndef f():\n    """More."""\n    return  1  # one\n',
+        '"""Doc."""\ndef f() -> int:\n    """More."""\n    return  1  # one\n',
         "def f():\n    return 2\n",
     ]
     for i, text in enumerate(texts):
