@@ -313,6 +313,10 @@ NAMES = {
     "steps that do not differ": (["epoch=1-step=390.ckpt", "epoch=2-step=390.ckpt"], [1, 2]),
     "the last of them": (["checkpoint_1/iter_20.pt", "checkpoint_1/iteration-30.pt"], [20, 30]),
     "one step of two runs": (["seed_1/step_100.pt", "seed_2/step_100.pt"], [100, 100]),
+    "a word on the way": (["timesteps1000/model-10.pt", "timesteps1000/model-20.pt"], [10, 20]),
+    "a word of the disk": (["ckpt2/a_10.pt", "ckpt2/a_30.pt"], [10, 30]),
+    "epochs in all": (["run_epochs100/w_10.pt", "run_epochs100/w_20.pt"], [10, 20]),
+    "steps of folders": (["step_10/loss_1_2.pt", "step_30/loss_0_9.pt"], [10, 30]),
 }
 
 
@@ -559,3 +563,18 @@ def test_layers_come_in_the_order_of_the_model(kind, order, tmp_path):
     _, rows = spectrum_of(paths)
     assert list(dict.fromkeys(row["group"] for row in rows)) == order
     assert [row["group"] for row in koopt.forecast_checkpoints(paths, 10, by="layer").rows] == order
+
+
+def test_a_unit_that_dies_out_is_no_reason_to_refuse_a_limit(tmp_path):
+    """Its limit is zero, and the others' is not."""
+    alive, dead = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    states = [{"w": torch.stack([alive + 0.5**t * alive.flip(0), 0.5**t * dead])} for t in range(5)]
+    found = koopt.forecast_checkpoints(save(tmp_path, states), math.inf, tmp_path / "out.safetensors", by="node")
+    torch.testing.assert_close(load(found.output)["w"], torch.stack([alive, torch.zeros(4).double()]))
+
+
+def test_a_pickled_state_dict_with_the_state_of_a_module(tmp_path):
+    """``get_extra_state`` puts a dict beside the tensors; an empty one says nothing either."""
+    states = [{"w": torch.ones(3) * 0.5**t, "fc._extra_state": {"scale": torch.ones(1)}, "model": {}} for t in range(3)]
+    found = koopt.forecast_checkpoints(save(tmp_path, states, "pt"), 100, tmp_path / "out.pt")
+    assert torch.equal(load(found.output)["w"], torch.full((3,), 0.125))

@@ -68,6 +68,21 @@ def test_a_changed_mask_is_put_back():
     assert torch.equal(kept, torch.ones(3, 5))
 
 
+@pytest.mark.parametrize("buffer", [torch.tensor(3), torch.tensor(True), torch.tensor(2j), torch.tensor(0.5)])
+def test_what_a_guard_writes_behind_autograds_back_is_put_back(buffer):
+    task = Task(adam)
+    task.model.register_buffer("count", buffer.clone())
+
+    def guard():
+        task.model.count.data.zero_()
+        return task.loss()
+
+    koop = task.attach(guard=guard)
+    task.run()
+    koop.forecast()
+    assert torch.equal(task.model.count, buffer)
+
+
 def test_a_graph_that_waits_for_its_backward_pass_outlives_an_attempt():
     """Two optimizers, two losses, one buffer that both graphs hold."""
     torch.manual_seed(0)
@@ -133,6 +148,33 @@ def test_what_is_frozen_on_the_way_stays(stop, history, at):
     kept = task.model[0].weight.clone()
     task.run(steps=60)
     assert any(jump.accepted and jump.step > at for jump in koop.jumps)
+    assert torch.equal(task.model[0].weight, kept)
+
+
+def test_what_was_frozen_since_the_last_point_stays_in_a_jump_by_hand():
+    task = Task(sgd)
+    koop = task.attach(guard=task.loss, history=20, mode="jump", cycle=1000, max_overhead=1.0)
+    task.run(steps=30)
+    stop_gradients(task)
+    kept = task.model[0].weight.clone()
+    assert koop.jump().accepted
+    assert koop.jumps[-1].forecaster == "secants"
+    assert torch.equal(task.model[0].weight, kept)
+
+
+def test_a_group_at_rate_0_is_no_noise():
+    """Its gradients are part of the recorded ones, but the step does not go along them."""
+
+    def groups(model):
+        first, last = ({"params": list(part.parameters())} for part in (model[0], model[-1]))
+        return torch.optim.SGD([first | {"lr": 0.0}, last], lr=0.02)
+
+    task = Task(groups)
+    koop = task.attach(guard=task.loss, history=20, mode="auto", cycle=1000, max_overhead=1.0)
+    kept = task.model[0].weight.clone()
+    task.run(steps=100)
+    assert any(jump.accepted and jump.forecaster == "secants" for jump in koop.jumps)
+    assert not any("noise" in jump.reason for jump in koop.jumps)
     assert torch.equal(task.model[0].weight, kept)
 
 
@@ -227,6 +269,7 @@ def test_names_are_those_of_the_module_within(wrap):
     task.run(steps=5)
     trajectory.record()
     names = [name for name, _ in task.model.named_parameters()]
+    assert koopt.partition(wrapped).gather(koop.forecast())
     assert list(koop.forecast()) == names == list(trajectory.names)
     for model in (wrapped, task.model):
         koopt.load_into(model, {name: torch.zeros_like(value) for name, value in koop.forecast().items()})
@@ -239,8 +282,15 @@ def test_names_are_those_of_the_module_within(wrap):
     assert again.steps == 5
 
 
+def test_a_child_that_is_called_like_torch_compiles_is_but_a_child():
+    model = nn.ModuleDict({"_orig_mod": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+    assert len(koopt.Trajectory(model).names) == 4
+
+
 def test_a_handle_is_neither_copied_nor_pickled():
     koop = Bowl().koop
+    with pytest.raises(TypeError, match=r"belongs to one optimizer; attach\(\) to the copy"):
+        copy.copy(koop)
     with pytest.raises(TypeError, match=r"belongs to one optimizer; attach\(\) to the copy"):
         copy.deepcopy(koop)
     with pytest.raises(TypeError, match=r"belongs to one optimizer; save its state_dict\(\)"):
@@ -300,5 +350,7 @@ def test_one_candidate_of_a_forecast_is_held_at_a_time(monkeypatch):
 
 def test_secants_are_refused_on_l_bfgs():
     task = Task(lambda model: torch.optim.LBFGS(model.parameters()), closure=True)
-    with pytest.raises(ValueError, match="history is 5, but L-BFGS leaves gradients of other points"):
+    for fine in ({"guard": task.loss, "history": None}, {"history": 5}):  # none is taken
+        task.attach(**fine).detach()
+    with pytest.raises(ValueError, match="history is 5, but L-BFGS leaves no gradient of where"):
         task.attach(guard=task.loss, history=5)

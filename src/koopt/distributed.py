@@ -26,22 +26,6 @@ GOLDEN, MIXING = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9  # odd
 MESSAGE = 256  # bytes of an error that others are told
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The module within DataParallel, DistributedDataParallel or what ``torch.compile`` made: its names are plain.
-
-    >>> bare(nn.Linear(1, 1))
-    Linear(in_features=1, out_features=1, bias=True)
-    """
-    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    while isinstance(inner := model.module if isinstance(model, wrappers) else _compiled(model), torch.nn.Module):
-        model = inner
-    return model
-
-
-def _compiled(model: nn.Module) -> object:
-    return model._modules.get("_orig_mod")  # of torch.compile's module, whose class is not imported for this
-
-
 def join(model: nn.Module, named: Mapping[str, nn.Parameter], group: object, settings: str) -> Ranks | None:
     """The processes that train a model; all of them have to call it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
@@ -249,7 +250,7 @@ def partition(model: nn.Module, by: str | Labels = "node", max_size: int | None 
     """Cut a model's trainable weights into patches that share an operator.
 
     Args:
-        model: any module with at least one trainable parameter.
+        model: any module with at least one trainable parameter; of a compiled or parallel one the module within.
         by: "weight": each weight alone. "node": an output unit with its bias (rows of linear, recurrent and attention
             weights, output channels of convolutions, a norm's weight and bias of one channel, a token's embedding).
             "layer": the parameters of one module. "network": all. Or a function of name and parameter that returns
@@ -270,7 +271,24 @@ def partition(model: nn.Module, by: str | Labels = "node", max_size: int | None 
     >>> koopt.partition(nn.Linear(4, 3), max_size=3).groups
     ((3, 2), (3, 3))
     """
+    model = bare(model)
     return partition_of(trainable(model), model, by, max_size)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The module within DataParallel, DistributedDataParallel or what ``torch.compile`` made: its names are plain.
+
+    >>> bare(nn.DataParallel(nn.Linear(1, 1)))
+    Linear(in_features=1, out_features=1, bias=True)
+    """
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or _is_compiled(model):
+        model = model._orig_mod if _is_compiled(model) else model.module  # pyright: ignore[reportAssignmentType]
+    return model
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # as soon as there is a compiled module
+    return compiler is not None and isinstance(model, compiler.OptimizedModule)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

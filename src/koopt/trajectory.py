@@ -10,12 +10,11 @@ import torch
 from torch._utils import _unflatten_dense_tensors
 
 from koopt import linalg
-from koopt.distributed import bare
 from koopt.forecasters import METHODS, require_options
 from koopt.horizon import Plan, plan
 from koopt.memory import free_memory
 from koopt.operator import fit
-from koopt.partitions import Partition, partition_of, trainable
+from koopt.partitions import Partition, bare, partition_of, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

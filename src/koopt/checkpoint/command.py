@@ -227,7 +227,7 @@ def _one_line() -> Iterator[None]:
     except MemoryError:
         raise ValueError("not enough memory; see --dry-run for what is needed, and take --by layer") from None
     except KeyboardInterrupt as interrupt:
-        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        number = next((one for one in interrupt.args if isinstance(one, int)), signal.SIGINT)
         how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
         print(f"koopt: {how}; nothing was written", file=sys.stderr)
         raise SystemExit(128 + number) from None

@@ -108,7 +108,8 @@ def _state_dict(path: Path, loaded: dict[Any, Any]) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path}: no tensors by name, neither at the top nor under {', '.join(NESTED)}; save the model's state dict"
         )
-    inner = [key for key, value in loaded.items() if isinstance(value, dict) and (key in nested or _tensors_of(value))]
+    inside = {key: _numbers_of(value) for key, value in loaded.items() if isinstance(value, dict)}
+    inner = [key for key, count in inside.items() if count > sum(one.numel() for one in weights.values())]
     if not full and inner:  # what lies at the top may be a loss, and the weights are in there
         raise ValueError(
             f"{path}: tensors at the top and a dict under {inner[0]!r}; save the state dict alone or under 'model'"
@@ -116,6 +117,11 @@ def _state_dict(path: Path, loaded: dict[Any, Any]) -> dict[str, torch.Tensor]:
     if not all(isinstance(name, str) for name in weights):
         raise ValueError(f"{path}: tensors are named by something other than strings; save a state dict")
     return weights
+
+
+def _numbers_of(held: dict[Any, Any]) -> int:
+    deeper = sum(_numbers_of(value) for value in held.values() if isinstance(value, dict))
+    return deeper + sum(tensor.numel() for tensor in _tensors_of(held).values())
 
 
 def _tensors_of(held: dict[Any, Any]) -> dict[Any, torch.Tensor]:

@@ -26,6 +26,7 @@ TIMED = ("line", "regression")  # take checkpoints at any times
 TIMELESS = ("last", "mean", "ema", "anderson")  # do not look at them
 SAFE = ("last", "mean", "ema")  # averages: rounding does not grow
 SEEN = 4.0  # motion of so many roundings is told from rounding
+LOST = 0.5  # of its length at the start of the window: a patch that has less is on its way to zero
 MODEST = 2  # rank where as many directions as pairs of checkpoints are visible: all of them would fit anything
 LEAST = {"ensemble": 4}  # checkpoints; of others, two
 PEERS = {"last": {}, "mean": {}, "line": {}}  # what every forecast is set beside
@@ -169,7 +170,7 @@ def _coefficients(factor: Factor, times: Tensor, rule: Rule) -> tuple[Tensor, Te
     if rule.method == "ensemble" and math.isinf(horizon):  # one whose limit is zero would halve the weights
         for rank in rule.options.get("ranks", RANKS):
             part = METHODS["ensemble"](rows, horizon, **{**rule.options, "ranks": (rank,)})
-            _require_some(part, "koopman with --center or --difference")
+            _require_some(part, rows, "koopman with --center or --difference")
     if rule.method != "koopman":
         return METHODS[rule.method](rows, horizon, **rule.options) @ weights, none
     options = dict(rule.options)
@@ -182,13 +183,15 @@ def _coefficients(factor: Factor, times: Tensor, rule: Rule) -> tuple[Tensor, Te
         for part, found in _operators(rows[chosen], factor.state, min(share, 0.5), options):
             coefficients[chosen[part]], ranks[chosen[part]] = found.coefficients(horizon, max_modulus), found.rank
     if math.isinf(horizon):
-        _require_some(coefficients, "--center, --difference or, where a mode grows, --max-modulus 1")
+        _require_some(coefficients, rows, "--center, --difference or, where a mode grows, --max-modulus 1")
     return coefficients @ weights, ranks
 
 
-def _require_some(coefficients: Tensor, instead: str) -> None:
-    """Refuse a limit in which everything has died out: no network is meant by zeros."""
-    if bool((coefficients == 0).all(dim=-1).any()):
+def _require_some(coefficients: Tensor, rows: Tensor, instead: str) -> None:
+    """Refuse a limit of zeros, but of patches that go there: those that lost half of their length in the window."""
+    zero = (coefficients == 0).all(dim=-1)
+    staying = rows[:, -1].norm(dim=-1) > LOST * rows[:, 0].norm(dim=-1)
+    if bool((zero & staying).any()):
         raise ValueError(
             f"ahead is inf, but an operator without eigenvalue 1 leads to zeros; take {instead}, or a number of steps"
         )

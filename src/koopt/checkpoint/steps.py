@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,15 +73,22 @@ def _from_metadata(checkpoints: Sequence[Checkpoint]) -> list[float] | None:
 
 
 def _from_names(paths: Sequence[str]) -> list[float] | None:
-    found = [[word.findall(path) for path in paths] for word in NAMED]
-    named = [[_number(numbers[-1]) for numbers in column] for column in found if all(column)]
+    """By the words in the checkpoints' own names, else by the only number that differs, else by words on the way."""
+    named = _by_words([Path(path).name for path in paths])
     if named:  # where none differs it is the same step of several runs, which steps_of refuses
         return next((column for column in named if len(set(column)) > 1), named[0])
-    if len({re.sub(r"\d+", "0", path) for path in paths}) > 1:
-        return None
-    digits = zip(*(re.findall(r"\d+", path) for path in paths), strict=True)
-    differing = [column for column in digits if len(set(column)) > 1]
-    return [_number(text) for text in differing[0]] if len(differing) == 1 else None
+    if len({re.sub(r"\d+", "0", path) for path in paths}) == 1:
+        digits = zip(*(re.findall(r"\d+", path) for path in paths), strict=True)
+        differing = [column for column in digits if len(set(column)) > 1]
+        if len(differing) == 1:
+            return [_number(text) for text in differing[0]]
+    return next((column for column in _by_words(paths) if len(set(column)) > 1), None)
+
+
+def _by_words(names: Sequence[str]) -> list[list[float]]:
+    """The number after each of the words that all names have."""
+    found = [[word.findall(name) for name in names] for word in NAMED]
+    return [[_number(numbers[-1]) for numbers in column] for column in found if all(column)]
 
 
 def _number(digits: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
@@ -44,9 +45,11 @@ def require_output(output: Path, checkpoints: Sequence[Checkpoint], overwrite: b
     """Refuse, before any work, an output that is an input, of another kind than the last checkpoint, or in the way."""
     last = checkpoints[-1]
     try:
-        place = output.resolve()
-    except (OSError, RuntimeError):  # RuntimeError before Python 3.13
-        raise ValueError(f"{output}: a symbolic link to itself; choose another name") from None
+        os.stat(output)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{output}: a symbolic link to itself; choose another name") from None
+    place = output.resolve()
     for checkpoint in checkpoints:
         taken = [checkpoint.path.resolve(), *(file.resolve() for file in checkpoint.files)]
         if place in taken or any(output.exists() and output.samefile(path) for path in taken):
@@ -67,7 +70,9 @@ def require_output(output: Path, checkpoints: Sequence[Checkpoint], overwrite: b
     if not os.access(output.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{output.parent}: cannot be written; choose another folder")
     if last.kind != "folder" and os.path.lexists(output) and not overwrite:
-        raise FileExistsError(f"{output}: exists already; choose another name, or take --force to replace it")
+        raise FileExistsError(
+            f"{output}: exists already; choose another name, or take --force (overwrite=True) to replace it"
+        )
     needed = sum(file.stat().st_size for file in last.files)
     free = shutil.disk_usage(output.parent).free
     if needed > free:

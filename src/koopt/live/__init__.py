@@ -17,7 +17,7 @@ from koopt.live.momentum import POLICIES
 from koopt.live.settings import Settings
 from koopt.live.window import nbytes_of
 from koopt.memory import free_memory
-from koopt.partitions import trainable
+from koopt.partitions import bare, trainable
 from koopt.trajectory import dtype_of_records
 
 if TYPE_CHECKING:
@@ -124,10 +124,6 @@ def attach(
             raise ValueError(f"{name} is {value!r}, expected a whole number >= {least}{why}")
     if history is not None and (isinstance(history, bool) or not isinstance(history, int) or history < 0):
         raise ValueError(f"history is {history!r}, expected a whole number >= 0, or None")
-    if history != 0 and isinstance(inner, torch.optim.LBFGS):
-        raise ValueError(
-            f"history is {history}, but L-BFGS leaves gradients of other points than a step began at; leave it 0"
-        )
     if window % 2:
         raise ValueError(f"window is {window}, expected an even number: its block means merge in pairs")
     if isinstance(max_overhead, bool) or not isinstance(max_overhead, Real) or not 0 <= max_overhead < math.inf:
@@ -136,12 +132,13 @@ def attach(
         raise ValueError("optimizer: koopt is attached to it already; use that handle, or detach() it first")
     sharding.require_supported(model)
     sharding.reshard(sharding.sharding_modules(model))
-    named = _trained(inner, distributed.bare(model))
+    named = _trained(inner, bare(model))
     parameters = [sharding.local(parameter) for parameter in named.values()]
     dtype = dtype_of_records(named, dtype)
     place = torch.device(device) if device is not None else parameters[0].device
+    inside = isinstance(inner, torch.optim.LBFGS)  # leaves gradients of other points than a step began at
     if history is None:  # by the whole parameters, so that all processes have the same
-        history = secants.default_length(list(named.values()), dtype)
+        history = 0 if inside else secants.default_length(list(named.values()), dtype)
     settings = Settings(
         mode=mode if guard is not None else "forecast",
         window=window,
@@ -153,6 +150,8 @@ def attach(
         device=place,
         history=0 if guard is None or mode == "forecast" else history,
     )
+    if settings.history and inside:
+        raise ValueError(f"history is {history}, but L-BFGS leaves no gradient of where a step began; leave it 0")
     asked = repr((replace(settings, device=torch.device(place.type)), guard is None, refresh is None))
     ranks = distributed.join(model, named, group, asked)
     distributed.together(lambda: _require_memory(parameters, settings), ranks, "attach")

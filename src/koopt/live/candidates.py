@@ -197,6 +197,15 @@ class Choice:
         self.horizons, self._clock = list(state["horizons"]), int(state["clock"])
 
 
+def finite(loss: float) -> float:
+    """The loss, and Inf for all that is none: NaN and -Inf are no better than it.
+
+    >>> finite(float("-inf"))
+    inf
+    """
+    return loss if math.isfinite(loss) else math.inf
+
+
 def gain(before: float, after: float) -> float:
     """The logarithm of the loss before over that after, or their relative difference where one is not positive.
 

@@ -10,8 +10,7 @@ from torch.nn.functional import pad
 
 from koopt import exchange, linalg, reductions
 from koopt.forecasters import METHODS, RESOLVED
-from koopt.live.candidates import FAMILIES, FEWEST, Candidate, Proposer, combined, gain
-from koopt.live.jumps import finite
+from koopt.live.candidates import FAMILIES, FEWEST, Candidate, Proposer, combined, finite, gain
 from koopt.live.window import BlockMeans, Snapshots
 
 if TYPE_CHECKING:

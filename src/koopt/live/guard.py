@@ -46,13 +46,12 @@ class RandomState(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """A buffer of a module, and the values that it had, at a version of it."""
+    """A buffer of a module, and the values that it had."""
 
     buffers: dict[str, Tensor | None]
     name: str
     buffer: Tensor
     values: Tensor
-    version: int | None
 
 
 class Surroundings(NamedTuple):
@@ -165,7 +164,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 def buffers_of(model: nn.Module) -> list[Buffer]:
     """Where each buffer is, and its values."""
     return [
-        Buffer(module._buffers, name, buffer, stored_once(buffer).clone(), _version(buffer))
+        Buffer(module._buffers, name, buffer, stored_once(buffer).clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -175,15 +174,9 @@ def buffers_of(model: nn.Module) -> list[Buffer]:
 @torch.no_grad()
 def put_back(kept: Iterable[Buffer]) -> None:
     """Buffers become the same tensors with the same values."""
-    for buffers, name, buffer, values, version in kept:
+    for buffers, name, buffer, values in kept:
         buffers[name] = buffer
-        # a changed buffer has another version, but for the statistics that batch_norm writes to
-        if version is None or buffer._version != version or buffer.is_floating_point():
-            stored_once(buffer.data).copy_(values)  # no new version: a graph that waits for its backward may hold it
-
-
-def _version(buffer: Tensor) -> int | None:
-    return None if buffer.is_inference() else buffer._version
+        stored_once(buffer.data).copy_(values)  # no new version: a graph that waits for its backward may hold it
 
 
 def stored_once(buffer: Tensor) -> Tensor:

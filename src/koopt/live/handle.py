@@ -6,9 +6,8 @@ import contextlib
 import logging
 import math
 import time
-from itertools import accumulate, pairwise
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -24,7 +23,8 @@ from koopt.live.preconditioning import by_matrices
 from koopt.live.refreshing import write_buffers
 from koopt.live.skipping import frozen, moving, skipped
 from koopt.live.weights import Weights
-from koopt.live.window import BlockMeans, Snapshots, nbytes_of
+from koopt.live.window import BlockMeans, Snapshots, cut, nbytes_of
+from koopt.partitions import bare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,10 +108,13 @@ class Live:
             self._hooks.append(optimizer.register_load_state_dict_post_hook(self._loaded))
         _attached.add(optimizer)
 
-    def __deepcopy__(self, memo: object) -> Live:
+    def __copy__(self) -> NoReturn:
         raise TypeError("a handle cannot be copied: it belongs to one optimizer; attach() to the copy of that instead")
 
-    def __reduce__(self) -> str:
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self.__copy__()
+
+    def __reduce__(self) -> NoReturn:
         raise TypeError("a handle cannot be pickled: it belongs to one optimizer; save its state_dict() instead")
 
     @property
@@ -301,9 +304,10 @@ class Live:
         return state | {KEY: self.state_dict()}
 
     def _out_of(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        self._loading = state.get(KEY)
-        if self._loading is not None:
-            self._require_fits(self._loading)
+        self._loading = None
+        if KEY in state:
+            self._require_fits(state[KEY])
+            self._loading = state[KEY]
         return {name: value for name, value in state.items() if name != KEY}
 
     def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
@@ -432,19 +436,14 @@ class Live:
             callback(jump)
         return jump
 
-    def _frozen(self) -> list[slice]:
-        """Columns of parameters that are no longer trained, though they moved not long ago."""
-        ends = accumulate((parameter.numel() for parameter in self._weights.parameters), initial=0)
-        columns = [slice(*pair) for pair in pairwise(ends)]
-        still = frozen(self._optimizer, self._weights.named.values())
-        return [part for part, stays in zip(columns, still, strict=True) if stays]
-
     def _attempt(self, snapshots: Tensor, allowed: int) -> tuple[Found, Mapping[str, Tensor]]:
         """What is best, and with which buffers, where they were renewed; the weights are as before."""
         if len(snapshots) < FEWEST:
             return Found(f"too few snapshots: {len(snapshots)} recent steps are recorded, {FEWEST} are needed"), {}
-        for columns in self._frozen():
-            snapshots[:, columns] = snapshots[-1, columns]
+        still = frozen(self._optimizer, self._weights.named.values())
+        for piece, stays in zip(cut(snapshots, self._weights.parameters), still, strict=True):
+            if stays:
+                piece.copy_(piece[-1].clone())
         extra = 1 if self._judge.refresh is None else 2  # evaluations that try no candidate
         if allowed <= extra:
             return Found(f"budget: max_overhead={self._settings.max_overhead:g} allows no candidate yet"), {}
@@ -467,8 +466,9 @@ class Live:
         step = secants.newton(held, secants.adaptive(self._optimizer, list(self._weights.named.values())), self._ranks)
         if step is None:
             return Found(f"secants: none of {held.pairs} tells of a minimum"), {}
-        for columns in self._frozen():
-            step.direction[columns] = 0.0
+        still = frozen(self._optimizer, self._weights.named.values())
+        if any(still):
+            step = secants.held_back(step, held.gradient, self._weights.values, still, self._ranks)
         asked = self._doubtful()
         self._schedule.tries += 1
 
@@ -505,7 +505,7 @@ class Live:
             raise TypeError(f"steps is {steps!r}, expected a number of optimizer steps, or None")
         if steps is not None and not 0 <= steps < math.inf:
             raise ValueError(f"steps is {steps}, expected optimizer steps >= 0, finite")
-        self._weights.require_in(distributed.bare(self._model))
+        self._weights.require_in(bare(self._model))
         window = self._tail if self._means is None else self._means
         assert window is not None
         with self._judge.sitting("a forecast's guard") as saved:

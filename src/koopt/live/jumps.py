@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from koopt.live.candidates import FAMILIES, LONGEST, SHORTEST, Candidate, Choice, Proposer, cast, gain, moved
+from koopt.live.candidates import FAMILIES, LONGEST, SHORTEST, Candidate, Choice, Proposer, cast, finite, gain, moved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -122,15 +122,6 @@ def search(
     if best.after is not None and best.after < before:
         return best._replace(reason="better")
     return best._replace(weights=None)
-
-
-def finite(loss: float) -> float:
-    """The loss, and Inf for all that is none: NaN and -Inf are no better than it.
-
-    >>> finite(float("-inf"))
-    inf
-    """
-    return loss if math.isfinite(loss) else math.inf
 
 
 SHORT, TOLERANCE = 0.02, 0.1  # of a step; of its slope

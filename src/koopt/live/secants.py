@@ -164,6 +164,32 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
+def held_back(
+    step: Step, gradient: Tensor, weights: Sequence[Tensor], still: Sequence[bool], ranks: Ranks | None = None
+) -> Step:
+    """The step with some parameters left where they are now.
+
+    Args:
+        step: for all of them.
+        gradient: `(state,)`, at its origin.
+        weights: of each parameter, as they are now.
+        still: which of them are left.
+        ranks: the processes that hold the other columns.
+
+    >>> step = Step(torch.zeros(2), torch.ones(2), 1, -3.0)
+    >>> held_back(step, torch.tensor([-1.0, -2.0]), [torch.ones(1), torch.ones(1)], [False, True])
+    Step(origin=tensor([0., 1.]), direction=tensor([1., 0.]), pairs=1, slope=-1.0)
+    """
+    origin, direction = step.origin.clone(), step.direction.clone()
+    sizes = [one.numel() for one in weights]
+    for now, there, along, stays in zip(weights, origin.split(sizes), direction.split(sizes), still, strict=True):
+        if stays:
+            there.copy_(now.reshape(-1))
+            along.zero_()
+    return Step(origin, direction, step.pairs, reductions.dot(gradient, direction, ranks))
+
+
+@torch.no_grad()
 def newton(secants: Secants, diagonal: Tensor | None = None, ranks: Ranks | None = None) -> Step | None:
     """The step to the fixed point of gradient flow, as far as the pairs tell of it: L-BFGS without an evaluation.
 

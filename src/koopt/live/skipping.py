@@ -49,6 +49,7 @@ def frozen(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> li
     >>> frozen(optimizer, [parameter]), frozen(optimizer, [parameter.requires_grad_(False)])
     ([False], [True])
     """
-    groups = [group for group in optimizer.param_groups if bool(group.get("lr", 1.0) != 0)]
+    own = isinstance(optimizer, torch.optim.Rprop)  # its steps have sizes of their own after the first
+    groups = [group for group in optimizer.param_groups if own or bool(group.get("lr", 1.0) != 0)]
     trained = {parameter for group in groups for parameter in group["params"] if parameter.requires_grad}
     return [parameter not in trained for parameter in parameters]

@@ -161,10 +161,15 @@ class BlockMeans:
         self._begin(*(int(state[name]) for name in ("held", "block", "open")))
 
 
-def cut(row: Tensor, tensors: Sequence[Tensor]) -> list[Any]:
-    """Views of a row in the shapes of the tensors."""
-    pieces = row.split([tensor.numel() for tensor in tensors])
-    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+def cut(rows: Tensor, tensors: Sequence[Tensor]) -> list[Any]:
+    """Views of a row, or of several, in the shapes of the tensors.
+
+    >>> [piece.shape for piece in cut(torch.zeros(3, 5), [torch.zeros(2, 2), torch.zeros(1)])]
+    [torch.Size([3, 2, 2]), torch.Size([3, 1])]
+    """
+    pieces = rows.split([tensor.numel() for tensor in tensors], dim=-1)
+    lead = rows.shape[:-1]
+    return [piece.view(*lead, *tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 def record(targets: Sequence[Tensor], sources: Sequence[Tensor], add: bool = False) -> None:
