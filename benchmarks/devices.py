@@ -8,6 +8,7 @@ done. The CPU has all its threads. Differences are relative to how far the weigh
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import statistics
@@ -54,6 +55,9 @@ def seconds(snapshots: Tensor, rank: int | None, repeats: int) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("devices.py needs a CUDA device, and torch finds none here")
     print(f"{torch.cuda.get_device_name()} against {os.cpu_count()} cores, torch {torch.__version__}")
     for (name, shape), rank in itertools.product(SHAPES.items(), RANKS):
         here = windows(*shape)
