@@ -41,7 +41,7 @@ def show(console: Console, rows: Sequence[Row]) -> None:
         for part in _different(rows, "part"):
             shown = selected(rows, task, part)
             if shown:
-                console.print(report.table(f"{task}, T = {shown[0]['T']:,}: {part}", COLUMNS, shown))
+                report.print_table(console, f"{task}, T = {shown[0]['T']:,}: {part}", COLUMNS, shown)
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -86,9 +86,8 @@ def main() -> None:
     rows.sort(key=lambda row: (row["success"], row["teq_over_T_mean"]), reverse=True)
     console = Console()
     console.width = max(console.width, 100)
-    console.print(
-        report.table(f"{given.optimizer}, T = {T:,}, seeds 1000 to 1024, best 15 of {len(rows)}", COLUMNS, rows[:15])
-    )
+    title = f"{given.optimizer}, T = {T:,}, seeds 1000 to 1024, best 15 of {len(rows)}"
+    report.print_table(console, title, COLUMNS, rows[:15])
     report.write_result(given.output, "de-solver-settings", {"T": T, "seed": 1000}, rows, [])
 
 

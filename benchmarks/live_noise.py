@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from koopt.bench.methods.training import write
 from koopt.bench.tasks import TASKS
 from koopt.live import evaluating
 from koopt.live.candidates import Candidate, Proposer, combined
 from koopt.live.guard import buffers_kept, measure
-from koopt.live.window import BlockMeans
+from koopt.live.window import BlockMeans, cut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -80,21 +81,14 @@ def run(task: Any, rate: float, schedule: str, seed: int, guarded: bool) -> dict
     looks = [round((i + 1) * task.steps / task.looks) for i in range(task.looks)]
     curves: dict[str, list[float]] = {}
 
-    def put(weights: Sequence[Tensor]) -> None:
-        torch._foreach_copy_(parameters, list(weights))  # pyright: ignore[reportPrivateImportUsage]
-
     def loss_of(weights: Sequence[Tensor], by: Callable[[], float]) -> float:
-        with torch.no_grad():
-            put(weights)
+        write(parameters, list(weights))
         return by()
 
     def validated() -> float:
         with buffers_kept(model):
             problem.refresh()
             return problem.validate()
-
-    def unflat(flat: Tensor) -> list[Tensor]:
-        return [x.view(p.shape) for x, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)]
 
     for step in range(1, task.steps + 1):
         batch = problem.batch()
@@ -111,7 +105,7 @@ def run(task: Any, rate: float, schedule: str, seed: int, guarded: bool) -> dict
         if step not in looks:
             continue
         now = [p.detach().clone() for p in parameters]
-        guard = lambda weights: loss_of(weights, lambda: measure(problem.guard, model))  # noqa: E731
+        guard = lambda weights: loss_of(weights, lambda: measure(problem.guard, model))  # noqa: E731, it refers to this look
         if guarded:
             found = {
                 "koopt, guard": evaluating.by_guard(means, now, guard, taste, step),
@@ -121,9 +115,9 @@ def run(task: Any, rate: float, schedule: str, seed: int, guarded: bool) -> dict
             found = {"last": now, "koopt, no guard": evaluating.by_rule(means, None, now)}
             first = FIRST_RULE[1:2] if means.held >= 28 else FIRST_RULE[:1]
             found["koopt, no guard, first version"] = _made(means, now, first)[0]
-            found |= {name: unflat(value) for name, value in averages.weights().items()}
+            found |= {name: cut(value, parameters) for name, value in averages.weights().items()}
             for count in (4, 12, 40):
-                found[f"LAWA {count / 200:g} of the run"] = unflat(torch.stack(recent[-count:]).mean(dim=0))
+                found[f"LAWA {count / 200:g} of the run"] = cut(torch.stack(recent[-count:]).mean(dim=0), parameters)
             for share in (1 / 8, 1 / 4):
                 found[f"LAWA {share:g}"] = _made(means, now, [Candidate("mean", 0.0, {}, share)])[0]
             for share, horizon in product((1 / 4, 1 / 2), (0.0, 0.3, 0.6)):
@@ -132,7 +126,7 @@ def run(task: Any, rate: float, schedule: str, seed: int, guarded: bool) -> dict
         for name, weights in found.items():
             curves.setdefault(name, []).append(loss_of(weights, validated))
         with torch.no_grad():
-            put(now)
+            write(parameters, now)
     return curves
 
 

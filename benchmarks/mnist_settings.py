@@ -59,7 +59,7 @@ def main() -> None:
     rows.sort(key=lambda row: row["loss"])
     console = Console(width=150)
     for what in dict.fromkeys(row["what"] for row in rows):
-        console.print(report.table(what, COLUMNS, [row for row in rows if row["what"] == what][: given.shown]))
+        report.print_table(console, what, COLUMNS, [row for row in rows if row["what"] == what][: given.shown])
     seconds = time.perf_counter() - begin
     report.write_result(given.output, "mnist-settings", {"seed": given.seed, "seeds": given.seeds}, rows, [], seconds)
 

@@ -99,10 +99,9 @@ def best_in_span(model: nn.Module, rows: Tensor, rank: int, split: str) -> list[
 def started(problem: Problem, setting: Mapping[str, Any], steps: int) -> Run:
     free = "free" in setting
     found = (start_schedule_free if free else start_plain)(problem, setting, steps)
-    if free and "by" not in setting:
-        return found
     if "by" not in setting:
-        found.swapped = koopt.attach(found.optimizer, problem.model, mode="forecast").forecast_weights
+        if not free:
+            found.swapped = koopt.attach(found.optimizer, problem.model, mode="forecast").forecast_weights
         return found
     parameters, moved, best = weights_of(problem.model), setting.get("moved"), list[Any]()
     means = BlockMeans(parameters, WINDOW, torch.float32, torch.device("cpu"))

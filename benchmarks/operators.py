@@ -312,7 +312,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
         "max_error_over_motion": "against\ntruth",
     }
     title = f"{BASE['patches']:,} patches of {BASE['weights']} weights, {BASE['snapshots']} snapshots, rank {RANK}"
-    console.print(report.table(title, columns, compared))
+    report.print_table(console, title, columns, compared)
     console.print("against: the largest difference of a patch's forecast, over how far the patch moves to the horizon")
     for system in SYSTEMS:
         for row in [row for row in compared if row["system"] == system][:1]:
@@ -325,9 +325,8 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
         "to_size": "to",
         "exponent": "exponent",
     }
-    console.print(
-        report.table("Time as a power of size, one thread", columns, [row for row in rows if row["part"] == "exponent"])
-    )
+    powers = [row for row in rows if row["part"] == "exponent"]
+    report.print_table(console, "Time as a power of size, one thread", columns, powers)
 
 
 def main() -> None:

@@ -300,7 +300,7 @@ def soap(run: Run, rate: float = 0.01, with_koopt: int = 0) -> None:
     if with_koopt:
         koopt.attach(optimizer, run.problem.model, guard=run.guard)
     while True:
-        optimizer.step(run.closure)  # pyright: ignore[reportArgumentType]
+        optimizer.step(run.closure)  # pyright: ignore[reportArgumentType], torch asks for a float
         schedule.step()
 
 

@@ -319,7 +319,7 @@ SHOWN = {
 
 @pytest.mark.parametrize(("value", "text"), SHOWN.items(), ids=str)
 def test_table_cells(value, text, capsys):
-    Console(width=80).print(report.table("title", {"a": "heading", "b": "missing"}, [{"a": value}]))
+    report.print_table(Console(width=80), "title", {"a": "heading", "b": "missing"}, [{"a": value}])
     printed = capsys.readouterr().out
     assert "title" in printed
     assert printed.split()[-2:] == [text, "-"]

@@ -34,7 +34,7 @@ LONG = "base_model.model.transformer.{}.layers.{}.self_attention.query_key_value
 
 def printed(rows, width, capsys):
     columns = {"group": "group", "method": "method", **{f"number{i}": f"a number\nof {i}" for i in range(8)}}
-    Console(width=width).print(report.table("", columns, rows, width), crop=False)
+    report.print_table(Console(width=width), "", columns, rows)
     return [line.split() for line in capsys.readouterr().out.splitlines() if "koopman" in line]
 
 

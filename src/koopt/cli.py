@@ -155,11 +155,10 @@ def _reproduce_one(given: argparse.Namespace) -> int:
     report.add_command(given.output, _command(given.name, given))
     console = terminal.wide_console()
     for title, columns, listed in _experiment(given.name).tables(settings, rows):
-        shown = report.table(f"\n{title}", columns, [*listed, *report.paper_row(listed)], console.width)
-        console.print(shown, crop=False)
+        report.print_table(console, f"\n{title}", columns, [*listed, *report.paper_row(listed)])
     for finding in report.findings(given.output):
-        console.print(f"- {finding}", highlight=False, markup=False)
-    console.print(f"\nfigures and result.json: {given.output}", highlight=False, markup=False)
+        console.print(f"- {finding}")
+    console.print(f"\nfigures and result.json: {given.output}")
     return 0
 
 
@@ -220,11 +219,11 @@ def _bench(given: argparse.Namespace) -> int:
         report.add_command(folder, _bench_command(given))
     console = terminal.wide_console()
     for title, columns, listed in results.tables(rows):
-        console.print(report.table(f"\n{title}", columns, listed, console.width), crop=False)
+        report.print_table(console, f"\n{title}", columns, listed)
     for finding in report.findings(folder) if rows else ():
-        console.print(f"- {finding}", highlight=False, markup=False)
+        console.print(f"- {finding}")
     if rows:
-        console.print(f"\nfigures and result.json: {folder}", highlight=False, markup=False)
+        console.print(f"\nfigures and result.json: {folder}")
     for failure in failures:
         print(f"koopt: {_one_line(failure)}", file=sys.stderr)
     return 2 if failures else 0

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from rich.table import Table
-
+    from rich.console import Console
 
 LEAST_OF_A_NAME = 20  # letters of a name that tell it from others
 
@@ -83,15 +82,16 @@ def _write(folder: Path, result: dict[str, Any]) -> Path:
     return path
 
 
-def table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]], width: int | None = None) -> Table:
-    """A terminal table.
+def print_table(console: Console, title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table; names in the first column are shortened for the console, as far as that tells them apart.
+
+    Nothing else is cut: a line that is too long stays so.
 
     Args:
+        console: where to.
         title: above it.
         columns: a row's key to its heading.
         rows: values by key; other keys are left out.
-        width: letters that a line should have at most: names in the first column are shortened for it, as far
-            as that tells them apart. Nothing else is cut, so print it with ``crop=False``. None: as the console does.
     """
     from rich import box
     from rich.table import Table
@@ -110,11 +110,10 @@ def table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]], w
         max(map(len, [*heading.split("\n"), *(line[i] for line in cells)]))
         for i, heading in enumerate(columns.values())
     ]
-    if width is not None:
-        most = max(LEAST_OF_A_NAME, width - sum(widths[1:]) - 2 * len(widths))  # and two spaces a column
-        names = shortened([line[0] for line in cells], most)
-        cells = [[name, *others] for name, (_, *others) in zip(names, cells, strict=True)]
-        widths[0] = max(map(len, [*next(iter(columns.values())).split("\n"), *names]))
+    most = max(LEAST_OF_A_NAME, console.width - sum(widths[1:]) - 2 * len(widths))  # and two spaces a column
+    names = shortened([line[0] for line in cells], most)
+    cells = [[name, *others] for name, (_, *others) in zip(names, cells, strict=True)]
+    widths[0] = max(map(len, [*next(iter(columns.values())).split("\n"), *names]))
     for (key, heading), least in zip(columns.items(), widths, strict=True):
         numeric = any(isinstance(row.get(key), (int, float)) for row in rows)
         drawn.add_column(
@@ -122,12 +121,12 @@ def table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]], w
             justify="right" if numeric else "left",
             no_wrap=True,
             vertical="bottom",
-            min_width=None if width is None else least,
+            min_width=least,
         )
     for row, line in zip(rows, cells, strict=True):
         shown = map(Text, line)  # as they stand: brackets in names are no markup
         drawn.add_row(*shown, style="bold" if row.get("setting") == "recommended" else "")
-    return drawn
+    console.print(drawn, crop=False)
 
 
 def paper_row(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -88,15 +88,14 @@ def _shown(bars: Progress) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def wide_console() -> Console:
-    """A console for tables, at least 100 wide, more in a file or a pipe.
+    """A console for tables, at least 100 wide, more in a file or a pipe; text is printed as it stands.
 
     >>> wide_console().width >= 100
     True
     """
     from rich.console import Console
 
-    console = Console()
-    console.width = max(
-        console.width, 100 if console.is_terminal else PIPED
-    )  # a wrapped table is easier to read than a cut one
+    console = Console(highlight=False, markup=False)
+    # a wrapped table is easier to read than a cut one
+    console.width = max(console.width, 100 if console.is_terminal else PIPED)
     return console

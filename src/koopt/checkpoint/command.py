@@ -246,8 +246,7 @@ def _print(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> N
     from koopt import report
 
     print(f"\n{title}")
-    console = terminal.wide_console()
-    console.print(report.table("", columns, rows[:MOST_LINES], console.width), crop=False)
+    report.print_table(terminal.wide_console(), "", columns, rows[:MOST_LINES])
     if len(rows) > MOST_LINES:
         print(f"... and {len(rows) - MOST_LINES} more groups")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -273,8 +274,8 @@ def cast(parameters: Sequence[Tensor], flat: Tensor, ranks: Ranks | None, add: b
     """The pieces of `flat`, which is used up, in the shapes and dtypes of the parameters; None if one is not finite."""
     sizes = [parameter.numel() for parameter in parameters]
     if add:
-        for parameter in parameters:  # no digit of theirs is lost
-            flat = flat.to(torch.promote_types(flat.dtype, parameter.dtype))
+        dtypes = {parameter.dtype for parameter in parameters}
+        flat = flat.to(reduce(torch.promote_types, dtypes, flat.dtype))  # no digit of theirs is lost
         for piece, parameter in zip(flat.split(sizes), parameters, strict=True):
             piece.add_(parameter.reshape(-1).to(piece.device))
     alike = len({(parameter.device, parameter.dtype) for parameter in parameters}) == 1

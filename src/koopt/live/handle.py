@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import time
+from itertools import compress
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakSet
@@ -95,7 +96,7 @@ class Live:
         self._choice = Choice()
         self._taste = evaluating.Taste()
         self._callbacks: list[Callable[[Jump], object]] = []
-        self._loading: Mapping[str, Any] | None = None  # koopt's part of a state that the optimizer is taking over
+        self._loading: tuple[Mapping[str, Any], list[Jump]] | None = None  # what waits for the optimizer's own part
         self.steps = 0
         self.jumps: list[Jump] = []
         untraced: Any = torch.compiler.disable  # in a compiled step they would be traced anew as their counters change
@@ -270,7 +271,9 @@ class Live:
         Traceback (most recent call last):
         ValueError: state: recorded with window=10, this run has window=56; make them the same
         """
-        jumps = self._require_fits(state)
+        self._take_over(state, self._require_fits(state))
+
+    def _take_over(self, state: Mapping[str, Any], jumps: list[Jump]) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(self._weights.flat_state(state[name]))
         for name, part in self._learners().items():
@@ -306,13 +309,12 @@ class Live:
     def _out_of(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         self._loading = None
         if KEY in state:
-            self._require_fits(state[KEY])
-            self._loading = state[KEY]
+            self._loading = state[KEY], self._require_fits(state[KEY])
         return {name: value for name, value in state.items() if name != KEY}
 
     def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
         if self._loading is not None:  # not before the optimizer has taken its own
-            self.load_state_dict(self._loading)
+            self._take_over(*self._loading)
             self._loading = None
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -441,9 +443,8 @@ class Live:
         if len(snapshots) < FEWEST:
             return Found(f"too few snapshots: {len(snapshots)} recent steps are recorded, {FEWEST} are needed"), {}
         still = frozen(self._optimizer, self._weights.named.values())
-        for piece, stays in zip(cut(snapshots, self._weights.parameters), still, strict=True):
-            if stays:
-                piece.copy_(piece[-1].clone())
+        for piece in compress(cut(snapshots, self._weights.parameters), still):
+            piece.copy_(piece[-1].clone())
         extra = 1 if self._judge.refresh is None else 2  # evaluations that try no candidate
         if allowed <= extra:
             return Found(f"budget: max_overhead={self._settings.max_overhead:g} allows no candidate yet"), {}

@@ -8,6 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from koopt import distributed
+from koopt.live.candidates import finite
 from koopt.live.guard import Surroundings, buffers_kept, measure, undisturbed
 from koopt.live.jumps import Found
 from koopt.live.refreshing import refreshed
@@ -114,7 +115,7 @@ class Judge:
                 buffers = distributed.together(renew, self._ranks, "refresh")
                 after = self.loss(found.weights)
         found = found._replace(after=after)
-        if math.isfinite(after) and after < before:
+        if finite(after) < before:
             return found, buffers
         return found._replace(weights=None, reason="with its buffers refreshed the best candidate was not better"), {}
 

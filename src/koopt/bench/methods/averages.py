@@ -51,9 +51,10 @@ class Average:
     @torch.no_grad()
     def record(self) -> None:
         self._steps += 1
-        torch._foreach_lerp_(self._once, self._parameters, 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
+        lerp: Any = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage], as torch's own averages take it
+        lerp(self._once, self._parameters, 1 - self._decay)
         if self._twice:
-            torch._foreach_lerp_(self._twice, self._once, 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
+            lerp(self._twice, self._once, 1 - self._decay)
 
     def weights(self) -> dict[str, Tensor]:
         if not self._steps:
