@@ -107,3 +107,9 @@ def test_the_page_on_live_runs_runs(tmp_path):
     koop.load_state_dict(torch.load(names["path"], weights_only=True)["koop"])
     koop.detach()
     exec(refreshing.replace("...", "optimizer, model, lambda: loss_fn(model(x_guard), y_guard)"), names)
+
+
+def test_the_readme_has_the_commands_that_run_the_main_job_and_pass_the_tests():
+    named = set(re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
+    assert {"demo", "test"} <= named
+    assert named <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
