@@ -18,7 +18,7 @@ import torch
 
 import koopt
 from koopt.bench.tasks import TASKS
-from koopt.live.momentum import POLICIES
+from koopt.live.moments import POLICIES
 
 if TYPE_CHECKING:
     from koopt.bench.task import Problem, Task

@@ -10,7 +10,7 @@ from torch.optim.lbfgs import _strong_wolfe
 
 import koopt
 from koopt.bench.scaled_lbfgs import ScaledLBFGS
-from koopt.live import momentum
+from koopt.live import moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -197,9 +197,9 @@ def scaled(run: Run, history: int = 400, with_koopt: int = 0) -> None:
 def lbfgs_koopt(run: Run, history: int = 100, iterations: int = 10, keep: int = 0) -> None:
     """koopt attached to L-BFGS, a jump tried every 10 steps of so many iterations;
     `keep` its curvature across jumps."""
-    optimizer, restart, moved = _lbfgs(run, history, iterations), momentum.restart_curvature, list[bool]()
+    optimizer, restart, moved = _lbfgs(run, history, iterations), moments.restart_curvature, list[bool]()
     if keep:
-        momentum.restart_curvature = lambda optimizer: moved.append(True)
+        moments.restart_curvature = lambda optimizer: moved.append(True)
     koop = koopt.attach(optimizer, run.problem.model, guard=run.guard, mode="jump", cycle=10, tail=10)
     try:
         while True:
@@ -211,7 +211,7 @@ def lbfgs_koopt(run: Run, history: int = 100, iterations: int = 10, keep: int = 
             optimizer.step(run.closure)
     finally:
         run.note = f"{sum(jump.accepted for jump in koop.jumps)}/{len(koop.jumps)} jumps"
-        momentum.restart_curvature = restart
+        moments.restart_curvature = restart
 
 
 def span(run: Run, rank: int = 12, cycle: int = CYCLE, exact: int = 0, beyond: int = 0, with_koopt: int = 0) -> None:

@@ -13,7 +13,7 @@ from koopt import distributed, sharding
 from koopt.live import secants
 from koopt.live.candidates import FEWEST
 from koopt.live.handle import Live, is_attached
-from koopt.live.momentum import POLICIES
+from koopt.live.moments import POLICIES, SECOND_POLICIES
 from koopt.live.settings import Settings
 from koopt.live.window import nbytes_of
 from koopt.memory import free_memory
@@ -40,6 +40,7 @@ def attach(
     tail: int = 30,
     history: int | None = 0,
     momentum: str = "keep",
+    second_moments: str = "age",
     max_overhead: float = 0.06,
     refresh: Callable[[], object] | None = None,
     dtype: torch.dtype | None = None,
@@ -73,6 +74,8 @@ def attach(
         momentum: after a jump "keep" it, "reset" it to zero, "scale" it by the square root of the loss ratio, or
             "combine" its recorded values as the weights were. L-BFGS starts anew, since it compares gradients of
             successive points.
+        second_moments: after a jump "age" averages of squared gradients, as Adam holds them: their bias is corrected
+            for as many more steps as it goes ahead, at most a cycle; or "keep" them.
         max_overhead: what recording, fits and the guard may cost, as a share of the steps. It is counted, not measured:
             an evaluation is 1/3 of a step, the rest goes by bytes as on batches of 64; see docs/live.md. Steps along
             secants that lowered the loss are not counted.
@@ -113,7 +116,11 @@ def attach(
             f"refresh is {type(refresh).__name__}, expected a function without arguments, such as "
             "lambda: torch.optim.swa_utils.update_bn(loader, model)"
         )
-    for name, value, known in (("mode", mode, MODES), ("momentum", momentum, POLICIES)):
+    for name, value, known in (
+        ("mode", mode, MODES),
+        ("momentum", momentum, POLICIES),
+        ("second_moments", second_moments, SECOND_POLICIES),
+    ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     if mode == "jump" and guard is None:
@@ -139,16 +146,18 @@ def attach(
     inside = isinstance(inner, torch.optim.LBFGS)  # leaves gradients of other points than a step began at
     if history is None:  # by the whole parameters, so that all processes have the same
         history = 0 if inside else secants.default_length(list(named.values()), dtype)
+    mode = mode if guard is not None else "forecast"
     settings = Settings(
-        mode=mode if guard is not None else "forecast",
+        mode=mode,
         window=window,
         cycle=cycle,
         tail=tail,
         momentum=momentum,
+        second_moments=second_moments,
         max_overhead=float(max_overhead),
         dtype=dtype,
         device=place,
-        history=0 if guard is None or mode == "forecast" else history,
+        history=0 if mode == "forecast" else history,
     )
     if settings.history and inside:
         raise ValueError(f"history is {history}, but L-BFGS leaves no gradient of where a step began; leave it 0")
@@ -184,10 +193,8 @@ def _trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn
 def _require_memory(parameters: Sequence[Tensor], settings: Settings) -> None:
     snapshots, means = settings.snapshots, settings.means
     needed = nbytes_of(parameters, snapshots, means, settings.dtype)
-    needed, free = (
-        needed + secants.nbytes_of(parameters, settings.history, settings.dtype),
-        free_memory(settings.device),
-    )
+    needed += secants.nbytes_of(parameters, settings.history, settings.dtype)
+    free = free_memory(settings.device)
     if free is not None and needed > free:
         raise ValueError(
             f"window: {snapshots + means} snapshots and {settings.history} pairs in {settings.dtype} need "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from koopt import distributed, linalg, reductions
+from koopt import distributed, exchange, linalg, reductions
 from koopt.forecasters import METHODS
 from koopt.operator import fit_in_form, leading
 
@@ -76,6 +76,18 @@ class Proposer:
     def coefficients(self, candidate: Candidate) -> Float[Tensor, " time"] | None:
         """One number a snapshot; None where the rule has no answer, as an operator that grows has no fixed point."""
         return distributed.agreed(self._found(candidate), self.time, self.ranks)
+
+    def ahead(self, candidate: Candidate, coefficients: Float[Tensor, " time"]) -> float:
+        """How many steps a move stands for: its horizon, but no more than its length has increments of mean length.
+
+        >>> proposer, line = Proposer(torch.arange(8.0)[:, None]), Candidate("line", 1.0, {"span": 7})
+        >>> round(proposer.ahead(line, proposer.coefficients(line)), 3)
+        7.0
+        """
+        usual = float(self.path.diff(dim=0).norm(dim=-1).mean())
+        length = float((coefficients.to(self.path) @ self.path).norm())
+        steps = min(length / usual if usual else 0.0, candidate.horizon * (self.time - 1))
+        return float(exchange.first(torch.tensor(steps, dtype=torch.float64, device="cpu"), self.ranks))
 
     def _found(self, candidate: Candidate) -> Tensor | None:
         tail = max(2, round(candidate.share * self.time))

@@ -15,11 +15,11 @@ import torch
 
 from koopt import distributed, sharding
 from koopt.live import evaluating, records, resuming, secants
-from koopt.live import momentum as moments
 from koopt.live.budget import ADVANCE, ENOUGH, MEAN, MOST, SNAPSHOT, TRIES, Costs, Schedule
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, displaced, roughness
 from koopt.live.judging import Judge
 from koopt.live.jumps import TOLERANCE, Found, disagreement, follow, search
+from koopt.live.moments import Moments
 from koopt.live.preconditioning import by_matrices
 from koopt.live.refreshing import write_buffers
 from koopt.live.skipping import frozen, moving, skipped
@@ -81,8 +81,7 @@ class Live:
         self._judge = Judge(stepping, model, self._weights, guard, refresh, ranks)
         recorded, place = self._weights.parameters, (settings.dtype, settings.device)
         self._tail = Snapshots(recorded, settings.tail, *place) if settings.snapshots else None
-        combine = settings.snapshots > settings.tail
-        self._momenta = Snapshots(recorded, settings.tail, *place) if combine else None
+        self._moments = Moments(optimizer, list(named.values()), settings, ranks)
         self._means = BlockMeans(recorded, settings.window, *place) if settings.means else None
         self._secants = secants.Secants(recorded, settings.history, *place) if settings.history else None
         whole = list(named.values())  # so that all processes have the same schedule, however many they are
@@ -300,8 +299,8 @@ class Live:
         return {"choice": self._choice, "taste": self._taste}
 
     def _parts(self) -> dict[str, Snapshots | BlockMeans | secants.Secants]:
-        parts = {"snapshots": self._tail, "momenta": self._momenta, "means": self._means, "secants": self._secants}
-        return {name: part for name, part in parts.items() if part is not None}
+        parts = {"snapshots": self._tail, "means": self._means, "secants": self._secants}
+        return {name: part for name, part in parts.items() if part is not None} | self._moments.parts
 
     def _into(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         return state | {KEY: self.state_dict()}
@@ -370,8 +369,7 @@ class Live:
                 self._tell(records.record(Found(why), self.steps, evaluations=0, seconds=0.0))
             return
         tail.add(self._weights.values)
-        if self._momenta is not None:
-            self._momenta.add(moments.recorded(self._optimizer, list(self._weights.named.values())))
+        self._moments.record()
         schedule.spent += self._recording / length
         if left <= 0:
             self._jump(schedule.allowed(self.steps))
@@ -407,9 +405,9 @@ class Live:
 
     def _forget(self) -> None:
         """The recorded steps are used, or lie before a jump."""
-        for part in (self._tail, self._momenta):
-            if part is not None:
-                part.clear()
+        if self._tail is not None:
+            self._tail.clear()
+        self._moments.clear()
 
     def _try(
         self, attempt: Callable[[], tuple[Found, Mapping[str, Tensor]]], moved: Sequence[int] | None = None
@@ -484,21 +482,10 @@ class Live:
 
     def _move(self, found: Found, buffers: Mapping[str, Tensor], moved: Sequence[int] | None) -> None:
         assert found.weights is not None
-        assert found.before is not None
-        assert found.after is not None
         self._weights.write(found.weights)
         write_buffers(self._model, buffers)
         distributed.settle(self._weights.named.values(), self._ranks)
-        policy, optimizer, parameters = self._settings.momentum, self._optimizer, list(self._weights.named.values())
-        if policy == "reset":
-            moments.scale(optimizer, parameters, 0.0)
-        elif policy == "scale":  # as gradients shrink near a minimum, where the loss is their square
-            ratio = found.after / found.before if found.before > 0 else 0.0
-            moments.scale(optimizer, parameters, math.sqrt(max(ratio, 0.0)))
-        elif self._momenta is not None and found.coefficients is not None and moved is not None:
-            recorded = self._momenta.ordered()[list(moved)]
-            moments.combine(optimizer, parameters, recorded, found.coefficients, self._ranks)
-        moments.restart_curvature(optimizer)
+        self._moments.follow(found, moved)
 
     def _forecast(self, steps: float | None) -> list[Tensor]:
         self._weights.require_free()

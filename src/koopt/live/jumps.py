@@ -60,6 +60,7 @@ class Found(NamedTuple):
     candidate: Candidate | None = None
     coefficients: Tensor | None = None
     weights: list[Tensor] | None = None
+    ahead: float = 0.0  # optimizer steps that the move stands for
 
 
 def search(
@@ -119,9 +120,9 @@ def search(
                 break
     for index, (loss, horizon) in reached.items():
         choice.learn(index, gain(before, loss), horizon)
-    if best.after is not None and best.after < before:
-        return best._replace(reason="better")
-    return best._replace(weights=None)
+    if best.after is None or best.candidate is None or best.coefficients is None or not best.after < before:
+        return best._replace(weights=None)
+    return best._replace(reason="better", ahead=proposer.ahead(best.candidate, best.coefficients))
 
 
 SHORT, TOLERANCE = 0.02, 0.1  # of a step; of its slope

@@ -18,6 +18,7 @@ class Settings:
     cycle: int
     tail: int
     momentum: str
+    second_moments: str
     max_overhead: float
     dtype: torch.dtype
     device: torch.device
