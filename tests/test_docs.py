@@ -45,6 +45,16 @@ def test_every_link_leads_somewhere(page):
             assert anchor in anchors_of(target), f"{page.name}: {link}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_table_has_a_head_and_rows_of_one_width(page):
+    for table in re.findall(r"(?:^ *\|.*\n)+", prose_of(page), flags=re.MULTILINE):
+        rows = table.splitlines()
+        widths = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
+        assert re.fullmatch(r" *\|(?: *:?-+:? *\|)+", rows[1]), f"{page.name}: {rows[0]}"
+        assert not re.fullmatch(r" *\|(?: *:?-+:? *\|)+", rows[0]), f"{page.name}: {rows[1]}"
+        assert len(set(widths)) == 1, f"{page.name}: {rows[0]}: {widths}"
+
+
 def test_the_readme_lists_every_page_and_example():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     index = text[text.index("## Documentation") :]
