@@ -4,7 +4,7 @@
 
 Prints the cost, a guard evaluation counted as a third of a step, until the losses that Adam with torch's defaults and a
 cosine schedule has at 50, 75 and 100 % of its steps, as a share of these steps (geometric mean over the seeds; a loss
-that is missed counts 1.5), and the mean final loss: at each decay and rate, without koopt and with it.
+that is missed counts 1.5), and that mean of the final losses: at each decay and rate, without koopt and with it.
 """
 
 from __future__ import annotations

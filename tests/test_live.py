@@ -262,6 +262,7 @@ BAD = {
     "koopt.attach(optimizer, model, cycle=20)": "ValueError: cycle is 20, expected a whole number >= 30, the tail",
     "koopt.attach(optimizer, model, history=-1)": "ValueError: history is -1, expected a whole number >= 0, or None",
     "koopt.attach(optimizer, model, momentum='more')": "ValueError: momentum is 'more', expected one of keep, reset",
+    "koopt.attach(optimizer, model, second_moments=0)": "ValueError: second_moments is 0, expected one of age, keep",
     "koopt.attach(optimizer, model, max_overhead=-0.1)": "ValueError: max_overhead is -0.1, expected a share",
     "koopt.attach(optimizer, model, max_overhead='3%')": "ValueError: max_overhead is '3%', expected a share",
     "koopt.attach(optimizer, model, dtype=torch.int8)": "TypeError: dtype is torch.int8, expected one of",

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from live_tasks import STATEFUL, Task, adam, bits, flat, sgd, two_groups
 from torch import nn
 
-import koopt
 from koopt.live import moments
 from koopt.live.candidates import Candidate, Proposer
 
@@ -166,9 +165,3 @@ def test_a_fixed_point_stands_for_as_many_steps_as_its_distance_has_increments()
     coefficients = proposer.coefficients(fixed)
     assert (coefficients @ path).item() == pytest.approx(0.0, abs=1e-9)
     assert proposer.ahead(fixed, coefficients) == pytest.approx(0.5**6 / increment, rel=1e-6)
-
-
-def test_an_unknown_policy_is_refused():
-    task = Task(adam)
-    with pytest.raises(ValueError, match="second_moments is 'reset', expected one of age, keep"):
-        koopt.attach(task.optimizer, task.model, second_moments="reset")

@@ -57,7 +57,7 @@ class ScaledLBFGS(torch.optim.Optimizer):
             raise ValueError(f"params has {len(self.param_groups)} groups, expected one: curvature is of all weights")
         self._parameters: list[Any] = self.param_groups[0]["params"]
 
-    def step(self, closure: Callable[[], Any]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], Any]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride], torch lets it be None
         """One iteration: a direction and a line search, most often of one evaluation.
 
         Args:

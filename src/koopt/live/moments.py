@@ -200,11 +200,11 @@ def combine(
         coefficients: `(time,)`, those of the jump.
         ranks: the processes that hold the other columns.
     """
-    now = _or_zeros(first_moments(optimizer, parameters), parameters)
-    values = moved(now, displaced(snapshots), coefficients, ranks)
+    held = first_moments(optimizer, parameters)
+    values = moved(_or_zeros(held, parameters), displaced(snapshots), coefficients, ranks)
     if values is None:
         return
-    for moment, value in zip(first_moments(optimizer, parameters), values, strict=True):
+    for moment, value in zip(held, values, strict=True):
         if moment is not None:
             moment.copy_(value)
 

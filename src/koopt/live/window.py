@@ -190,7 +190,7 @@ def record(targets: Sequence[Tensor], sources: Sequence[Tensor], add: bool = Fal
             else:
                 target.copy_(near)
         return
-    in_place = torch._foreach_add_ if add else torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+    in_place = torch._foreach_add_ if add else torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage], as torch.optim
     with torch.no_grad():
         in_place(list(targets), on(targets[0].device, sources))
 

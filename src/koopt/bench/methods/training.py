@@ -99,7 +99,7 @@ def weights_of(model: nn.Module) -> list[Any]:
 
 @torch.no_grad()
 def write(parameters: list[Any], values: list[Tensor]) -> None:
-    torch._foreach_copy_(parameters, values)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_copy_(parameters, values)  # pyright: ignore[reportPrivateImportUsage], as torch.optim takes it
 
 
 @contextlib.contextmanager
