@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from koopt.live.candidates import FAMILIES, Choice, Proposer, combined, displaced, moved, roughness
+from koopt.live.candidates import (
+    FAMILIES,
+    Choice,
+    Proposer,
+    combined,
+    displaced,
+    moved,
+    paired,
+    roughness,
+    smooth,
+    unpaired,
+)
 from koopt.operator import fit_in_form, leading
 
 
@@ -21,8 +32,31 @@ def test_roughness_of_what_is_known():
     assert roughness(turning) < 1e-6  # oscillation is not noise
     assert roughness(torch.zeros(30, 3)) == 0
     assert math.isnan(roughness(torch.full((30, 3), math.nan)))
-    wide = torch.randn(12, 20_000, generator=generator).cumsum(dim=0)
-    assert roughness(wide) == pytest.approx(roughness(wide[:, ::5]))
+
+
+def test_pairs_cancel_what_turns_and_not_what_drifts():
+    generator = torch.Generator().manual_seed(0)
+    drift = torch.arange(30.0)[:, None] * torch.randn(1, 20_000, generator=generator)
+    beside = torch.randn(30, 20_000, generator=generator)
+    assert smooth(drift) == (0, pytest.approx(0, abs=1e-6))
+    halvings, rough = smooth(drift + 0.5 * beside)  # what is added each step is taken away at the next
+    assert halvings == 1
+    assert rough == pytest.approx(roughness(paired((drift + 0.5 * beside)[:, ::5].double())))
+    noise = beside.cumsum(dim=0)  # what is added each step stays
+    assert smooth(noise) == (0, pytest.approx(roughness(noise[:, ::5].double())))
+    assert smooth(noise)[1] > 0.9
+    kept = noise.double()[:, :100]
+    assert smooth(kept)[0] == 0
+    assert torch.equal(kept, noise.double()[:, :100])
+
+
+@pytest.mark.parametrize("time", [12, 13, 30])
+def test_coefficients_of_pairs_are_those_of_what_is_in_them(time):
+    rows = torch.randn(time, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pairs = paired(paired(rows.clone()))
+    coefficients = torch.arange(len(pairs), dtype=torch.float64)
+    torch.testing.assert_close(unpaired(coefficients, 4, time) @ rows, coefficients @ pairs)
+    torch.testing.assert_close(pairs[-1], rows[-4:].mean(dim=0))
 
 
 def test_choice_repeats_what_gained_and_tries_all_in_turn():
@@ -67,8 +101,9 @@ def test_a_long_jump_in_few_digits_against_float64(dtype):
 
 def test_displacements_take_the_place_of_the_snapshots():
     rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    expected = rows - rows[-1]
-    assert displaced(rows) is rows
+    now = torch.ones(7)
+    expected = rows - 1
+    assert displaced(rows, now) is rows
     assert torch.equal(rows, expected)
 
 

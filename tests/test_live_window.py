@@ -45,6 +45,21 @@ def test_snapshots_keep_the_last():
         assert held.ordered()[:, 0].tolist() == list(range(max(0, value - 2), value + 1))
 
 
+@pytest.mark.parametrize("block", [2, 3])
+def test_snapshots_are_means_of_blocks(block):
+    held, values = Snapshots([torch.zeros(2)], 3, torch.float64, torch.device("cpu"), block), []
+    for step in range(20):
+        values.append(float(step**2))
+        held.add([torch.full((2,), values[-1])])
+        whole = len(values) // block
+        means = [sum(values[i * block : (i + 1) * block]) / block for i in range(whole)]
+        kept = 3 - (len(values) > 3 * block and len(values) % block > 0)  # an open block takes the place of the oldest
+        assert held.ordered()[:, 0].tolist() == pytest.approx(means[-kept:])
+        if whole:
+            middle = whole * block - (block + 1) / 2
+            assert held.age == step - middle
+
+
 def test_memory_is_bounded_stated_and_of_the_dtype_asked_for():
     task = Task(sgd)
     size = flat(task.model).numel()

@@ -27,10 +27,17 @@ POINTS = 400  # of a drawn curve
 
 
 def settings(
-    methods: tuple[str, ...] | None, seeds: int | None, seed: int, quick: bool, jobs: int | None, frozen: bool
+    methods: tuple[str, ...] | None,
+    seeds: int | None,
+    seed: int,
+    quick: bool,
+    jobs: int | None,
+    frozen: bool,
+    decays: tuple[float, ...] | None = None,
 ) -> Settings:
     """As the command line gives them."""
-    return protocol.Settings(methods, seeds if seeds is not None else 2 if quick else 10, seed, quick, jobs, frozen)
+    count = seeds if seeds is not None else 2 if quick else 10
+    return protocol.Settings(methods, count, seed, quick, jobs, frozen, decays)
 
 
 def bench_named(

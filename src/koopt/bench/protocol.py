@@ -43,6 +43,7 @@ class Settings:
         quick: whether only two settings a method are searched, to look at.
         jobs: runs at a time, as joblib counts; None: what ``joblib.parallel_config`` says, or one.
         frozen: whether nothing is run, and what is there is reported.
+        decays: of Adam's average of squared gradients (beta2), that are searched. None: those of the task.
     """
 
     methods: tuple[str, ...] | None = None
@@ -51,6 +52,7 @@ class Settings:
     quick: bool = False
     jobs: int | None = None
     frozen: bool = False
+    decays: tuple[float, ...] | None = None
 
     @property
     def reported(self) -> range:
@@ -108,6 +110,8 @@ def check(settings: Settings, tasks: Sequence[Task], methods: Mapping[str, Train
     system.require_seeds(settings.seed, settings.seeds)
     if common := set(TUNING) & set(settings.reported):
         raise ValueError(f"--seed is {settings.seed}: seed {min(common)} is for tuning, and never reported")
+    if settings.decays is not None and not (settings.decays and all(0 < decay < 1 for decay in settings.decays)):
+        raise ValueError(f"--beta2 is {settings.decays}, expected numbers between 0 and 1, separated by commas")
     if settings.jobs == 0:
         raise ValueError("--jobs is 0, expected at least 1, or -1 for all cores")
 
@@ -129,6 +133,7 @@ def conduct(
         trials: where trials are kept.
         progress: called with a stage, the runs done and those in all.
     """
+    task = task if settings.decays is None else replace(task, decays=settings.decays)
     names = serving(settings, methods, task)
     grids = {name: _ways(name, methods, task, settings.quick) for name in names}
     every = [(way, TUNING[0]) for ways in grids.values() for way in ways]

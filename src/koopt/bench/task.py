@@ -50,6 +50,7 @@ class Task:
         schedules: "cosine", "constant", ...; searched too.
         problem: makes a problem of a seed; with True the guard's split is left out of the training data, with False it
             is trained on.
+        decays: of Adam's average of squared gradients (beta2); searched too, and for all methods on Adam.
     """
 
     name: str
@@ -61,3 +62,4 @@ class Task:
     rates: tuple[float, ...]
     schedules: tuple[str, ...]
     problem: Callable[[int, bool], Problem]
+    decays: tuple[float, ...] = (0.999,)

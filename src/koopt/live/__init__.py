@@ -37,7 +37,7 @@ def attach(
     *,
     window: int = 56,
     cycle: int = 100,
-    tail: int = 30,
+    tail: int = 60,
     history: int | None = 0,
     momentum: str = "keep",
     second_moments: str = "age",
@@ -66,8 +66,9 @@ def attach(
             "forecast" without a guard.
         window: even, the largest number of block means that forecasts are made from.
         cycle: optimizer steps between attempts to jump; three times as many after each that fails, up to 32
-            cycles, twice as many after each look that finds noise, up to 16.
-        tail: how many steps at the end of a cycle jumps are made from.
+            cycles, twice as many after each look that finds noise, up to 4.
+        tail: how many steps at the end of a cycle jumps are made from: by the means of each two, or if there are fewer
+            than 12 by the steps themselves.
         history: how many pairs of changes of weights and gradients are kept for steps along secants; 0: no such steps,
             which do better than other jumps on some tasks and worse on others; None: 50, or as many as 256 MiB hold, or
             none where these are fewer than 8.

@@ -14,10 +14,11 @@ FIT = 6  # how often a fit goes through the recorded window; a candidate does on
 MOST, ENOUGH = 16, 6  # evaluations in one attempt; with fewer it is not worth its fit
 FACTOR, PATIENCE = 3, 32  # how waits grow between attempts that fail, and the longest of them, in cycles,
 SELDOM = 0.2  # or until they take this share of the budget
-LOOKS = 16  # the longest wait between looks at noise, in cycles
+LOOKS = 4  # the longest wait between looks at noise, in cycles
 # steps along secants: optimizer steps between them, evaluations, how often one goes through all pairs, what that may
 # cost beside the steps between
 INTERVAL, TRIES, LOOPS, SIDE = 20, 5, 2, 0.2
+LONGEST = 16  # the longest wait between those of no use, in cycles
 CHANCES, ADVANCE = 2, 200  # tries before one is better; steps whose budget they may spend beforehand
 
 
@@ -52,7 +53,7 @@ class Schedule:
 
     Args:
         cycle: optimizer steps between attempts; after one that failed three times as many as before it, up to 32
-            cycles, or until attempts take a fifth of the budget; after looks at noise 1, 2, 4, 8, 16 cycles.
+            cycles, or until attempts take a fifth of the budget; after looks at noise 1, 2, then 4 cycles.
         max_overhead: what recording, fits and evaluations may cost, as a share of the steps.
         costs: of an attempt.
         tail: steps before an attempt that are recorded for it, in which no step along secants is taken.
@@ -138,7 +139,7 @@ class Schedule:
     def in_vain(self, steps: int) -> None:
         """A step along secants was of no use: the next waits three times as long, or for a jump if none ever was."""
         self.vain += 1
-        wait = min(3**self.vain * self.interval, LOOKS * max(self.cycle, self.interval))
+        wait = min(3**self.vain * self.interval, LONGEST * max(self.cycle, self.interval))
         self.following = steps + wait if self.proven or self.vain < CHANCES else 0
         self._keep_apart(steps)
 

@@ -60,13 +60,14 @@ class Proposer:
     Args:
         snapshots: `(time, state)`, finite, at least two.
         ranks: the processes that hold the other columns.
+        every: optimizer steps from one snapshot to the next.
 
     >>> Proposer(torch.arange(8.0)[:, None]).coefficients(Candidate("line", 1.0, {"span": 7})).tolist()
     [-1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0]
     """
 
-    def __init__(self, snapshots: Float[Tensor, "time state"], ranks: Ranks | None = None) -> None:
-        self.time = len(snapshots)
+    def __init__(self, snapshots: Float[Tensor, "time state"], ranks: Ranks | None = None, every: int = 1) -> None:
+        self.time, self.every = len(snapshots), every
         self.snapshots, self.ranks = snapshots, ranks
         self.path = _path(snapshots, ranks)
         last = reductions.norm(snapshots[-1], ranks)
@@ -78,7 +79,7 @@ class Proposer:
         return distributed.agreed(self._found(candidate), self.time, self.ranks)
 
     def ahead(self, candidate: Candidate, coefficients: Float[Tensor, " time"]) -> float:
-        """How many steps a move stands for: its horizon, but no more than its length has increments of mean length.
+        """How many optimizer steps a move stands for: its horizon, but no more than its length has mean increments.
 
         >>> proposer, line = Proposer(torch.arange(8.0)[:, None]), Candidate("line", 1.0, {"span": 7})
         >>> round(proposer.ahead(line, proposer.coefficients(line)), 3)
@@ -86,7 +87,7 @@ class Proposer:
         """
         usual = float(self.path.diff(dim=0).norm(dim=-1).mean())
         length = float((coefficients.to(self.path) @ self.path).norm())
-        steps = min(length / usual if usual else 0.0, candidate.horizon * (self.time - 1))
+        steps = self.every * min(length / usual if usual else 0.0, candidate.horizon * (self.time - 1))
         return float(exchange.first(torch.tensor(steps, dtype=torch.float64, device="cpu"), self.ranks))
 
     def _found(self, candidate: Candidate) -> Tensor | None:
@@ -139,15 +140,63 @@ def _path(snapshots: Tensor, ranks: Ranks | None) -> Tensor:
     return path - path[-1]
 
 
-def roughness(snapshots: Float[Tensor, "time state"], ranks: Ranks | None = None) -> float:
+def smooth(snapshots: Float[Tensor, "time state"], ranks: Ranks | None = None) -> tuple[int, float]:
+    """How often snapshots have to be paired until they move smoothly, and how rough they are then.
+
+    At high rates training oscillates across the valley that it descends, on full batches too; in means of a few
+    snapshots that cancels, which noise does not, once the means are longer than momentum lasts.
+
+    Args:
+        snapshots: `(time, state)`; of many weights some 4,096, evenly spaced, are looked at.
+        ranks: the processes that hold the other columns.
+
+    Returns:
+        Where none are smooth that are enough for a jump, 0 and the roughness of the snapshots themselves.
+
+    >>> times = torch.arange(30.0)[:, None]
+    >>> halvings, rough = smooth(times + 0.4 * torch.sin(7 * times**2))
+    >>> halvings, rough < 0.3
+    (1, True)
+    """
+    rows, halvings = reductions.sample(snapshots, SAMPLE, ranks).clone(), 0
+    first = rough = roughness(rows)
+    while rough > NOISE and len(rows) >= 2 * FEWEST:
+        rows, halvings = paired(rows), halvings + 1
+        rough = roughness(rows)
+    return (0, first) if rough > NOISE else (halvings, rough)
+
+
+def paired(snapshots: Float[Tensor, "time state"]) -> Float[Tensor, "half state"]:
+    """Means of two successive snapshots, in the place of the first of them; of an odd number the oldest is left out.
+
+    >>> paired(torch.arange(5.0)[:, None]).flatten()
+    tensor([1.5000, 3.5000])
+    """
+    half = len(snapshots) // 2
+    given = snapshots[len(snapshots) % 2 :]
+    for i in range(half):
+        torch.add(given[2 * i], given[2 * i + 1], out=given[i]).div_(2)
+    return given[:half]
+
+
+def unpaired(coefficients: Float[Tensor, " time"], size: int, time: int) -> Float[Tensor, " all"]:
+    """The coefficients of the snapshots whose means have these.
+
+    >>> unpaired(torch.tensor([-1.0, 2.0]), size=2, time=5)
+    tensor([ 0.0000, -0.5000, -0.5000,  1.0000,  1.0000])
+    """
+    each = (coefficients / size).repeat_interleave(size)
+    return torch.nn.functional.pad(each, (time - len(each), 0))
+
+
+def roughness(snapshots: Float[Tensor, "time state"]) -> float:
     """How badly the newer increments are forecast, one step ahead, from the older half: about 0 if smooth, 1 if noise.
 
     The better of a linear map of rank 4 and of no change at all, root mean square error over root mean square size.
     Momentum makes noise look like drift over a few steps; what is new in each increment it does not hide.
 
     Args:
-        snapshots: `(time, state)`; of many weights some 4,096, evenly spaced, are looked at.
-        ranks: the processes that hold the other columns.
+        snapshots: `(time, state)`.
 
     Returns:
         A number >= 0; 0 without motion, NaN where a snapshot is not finite.
@@ -155,7 +204,7 @@ def roughness(snapshots: Float[Tensor, "time state"], ranks: Ranks | None = None
     >>> roughness(torch.arange(9.0)[:, None] ** 2) < 0.3
     True
     """
-    squared = linalg.gram(reductions.sample(snapshots, SAMPLE, ranks), lambda rows: rows.diff(dim=-2))
+    squared = linalg.gram(snapshots, lambda rows: rows.diff(dim=-2))
     if not bool(squared.isfinite().all()):
         return math.nan
     steps = linalg.factor_of_gram(squared)
@@ -232,13 +281,13 @@ def gain(before: float, after: float) -> float:
     return (before - after) / max(abs(before), abs(after)) if before != after else 0.0
 
 
-def displaced(snapshots: Float[Tensor, "time state"]) -> Float[Tensor, "time state"]:
-    """The snapshots relative to the last one, in their place.
+def displaced(snapshots: Float[Tensor, "time state"], now: Float[Tensor, " state"]) -> Float[Tensor, "time state"]:
+    """The snapshots relative to the weights as they are, in their place.
 
-    >>> displaced(torch.tensor([[1.0], [3.0]])).flatten()
-    tensor([-2.,  0.])
+    >>> displaced(torch.tensor([[1.0], [3.0]]), torch.tensor([4.0])).flatten()
+    tensor([-3., -1.])
     """
-    return snapshots.sub_(snapshots[-1].clone())
+    return snapshots.sub_(now)
 
 
 def moved(
@@ -252,7 +301,7 @@ def moved(
     Displacements are small beside the weights, so their own digits do, which is several times quicker than float64.
 
     Args:
-        parameters: the weights of the last snapshot, in their own dtype.
+        parameters: the weights as they are, in their own dtype.
         displacements: `(time, state)`, of :func:`displaced`.
         coefficients: `(time,)`, which sum to 1.
         ranks: the processes that hold the other columns.

@@ -207,13 +207,13 @@ def _clipped(before: float, after: float) -> float:
 def _to_step(window: Snapshots | BlockMeans, steps: float, now: list[Tensor], ranks: Ranks | None) -> list[Tensor]:
     """The weights so many steps ahead, by an operator where there is enough for one."""
     snapshots = window.ordered()
-    held = len(snapshots)
+    held, ahead = len(snapshots), (steps + window.age) / window.block
     if isinstance(window, Snapshots):
-        candidate = Candidate("koopman", steps / max(1, held - 1), {"rank": 4, "difference": True})
+        candidate = Candidate("koopman", ahead / max(1, held - 1), {"rank": 4, "difference": True})
         enough = held >= FEWEST
     else:
         fitted = max(2, round(AHEAD.share * held))
-        candidate = AHEAD._replace(horizon=(steps + window.age) / window.block / (fitted - 1))
+        candidate = AHEAD._replace(horizon=ahead / (fitted - 1))
         enough = held >= ENOUGH
     weights = _made(snapshots, now, Proposer(snapshots, ranks).coefficients(candidate) if enough else None, ranks)
     if weights is None and isinstance(window, BlockMeans):

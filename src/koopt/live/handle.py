@@ -16,7 +16,7 @@ import torch
 from koopt import distributed, sharding
 from koopt.live import evaluating, records, resuming, secants
 from koopt.live.budget import ADVANCE, ENOUGH, MEAN, MOST, SNAPSHOT, TRIES, Costs, Schedule
-from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, displaced, roughness
+from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, displaced, paired, smooth, unpaired
 from koopt.live.judging import Judge
 from koopt.live.jumps import TOLERANCE, Found, disagreement, follow, search
 from koopt.live.moments import Moments
@@ -24,7 +24,7 @@ from koopt.live.preconditioning import by_matrices
 from koopt.live.refreshing import write_buffers
 from koopt.live.skipping import frozen, moving, skipped
 from koopt.live.weights import Weights
-from koopt.live.window import BlockMeans, Snapshots, cut, nbytes_of
+from koopt.live.window import BlockMeans, Snapshots, cut, flattened, nbytes_of
 from koopt.partitions import bare
 
 if TYPE_CHECKING:
@@ -80,18 +80,20 @@ class Live:
         self._weights = Weights(named, sharding.sharding_modules(model))
         self._judge = Judge(stepping, model, self._weights, guard, refresh, ranks)
         recorded, place = self._weights.parameters, (settings.dtype, settings.device)
-        self._tail = Snapshots(recorded, settings.tail, *place) if settings.snapshots else None
+        self._tail = Snapshots(recorded, settings.rows, *place, block=settings.block) if settings.snapshots else None
         self._moments = Moments(optimizer, list(named.values()), settings, ranks)
         self._means = BlockMeans(recorded, settings.window, *place) if settings.means else None
         self._secants = secants.Secants(recorded, settings.history, *place) if settings.history else None
         whole = list(named.values())  # so that all processes have the same schedule, however many they are
-        window = nbytes_of(whole, 0 if self._tail is None else settings.tail, 0, settings.dtype)
+        window = nbytes_of(whole, 0 if self._tail is None else settings.rows, 0, settings.dtype)
         pairs = secants.nbytes_of(whole, settings.history, settings.dtype)
         costs = Costs.of(sum(parameter.nbytes for parameter in whole), window, pairs)
         self._schedule = Schedule(settings.cycle, settings.max_overhead, costs, settings.tail)
         if self._secants is not None:
             self._schedule.follow(0)
-        self._recording = settings.snapshots * SNAPSHOT  # what the snapshots for one attempt cost
+        self._recording = (
+            settings.block * settings.snapshots * SNAPSHOT
+        )  # what it costs to record the steps for one attempt
         self._choice = Choice()
         self._taste = evaluating.Taste()
         self._callbacks: list[Callable[[Jump], object]] = []
@@ -191,7 +193,7 @@ class Live:
         >>> model = nn.Linear(1, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> koopt.attach(optimizer, model, guard=lambda: model.weight.square().sum(), mode="jump").jump().reason
-        'too few snapshots: 0 recent steps are recorded, 6 are needed'
+        'too few snapshots: 0 recent steps are recorded, 12 are needed'
         """
         self._weights.require_free()
         if self._secants is not None and self._secants.pairs and self._tail is not None and not self._tail.taken:
@@ -332,7 +334,7 @@ class Live:
         if self._secants is not None and self._toward_step(self._secants):
             return
         left = self._schedule.due - self.steps
-        if left < self._settings.tail and self._tail is not None:
+        if left < self._settings.recorded and self._tail is not None:
             self._toward_jump(self._tail, left)
 
     def _at_point(self, step: int) -> bool:
@@ -362,7 +364,7 @@ class Live:
 
     def _toward_jump(self, tail: Snapshots, left: int) -> None:
         """Record the last steps before the attempt that is due in `left`, and make it, as far as the budget allows."""
-        schedule, length = self._schedule, self._settings.tail
+        schedule, length = self._schedule, self._settings.recorded
         if left == length - 1 and not schedule.afford(self._recording):
             if not self.jumps or not self.jumps[-1].reason.startswith("budget"):
                 why = f"budget: max_overhead={schedule.max_overhead:g} does not allow {ENOUGH} evaluations yet"
@@ -439,26 +441,35 @@ class Live:
     def _attempt(self, snapshots: Tensor, allowed: int) -> tuple[Found, Mapping[str, Tensor]]:
         """What is best, and with which buffers, where they were renewed; the weights are as before."""
         if len(snapshots) < FEWEST:
-            return Found(f"too few snapshots: {len(snapshots)} recent steps are recorded, {FEWEST} are needed"), {}
+            there, needed = (self._settings.block * rows for rows in (len(snapshots), FEWEST))
+            return Found(f"too few snapshots: {there} recent steps are recorded, {needed} are needed"), {}
+        own, now = self._weights.parameters, flattened(self._weights.values, snapshots)
         still = frozen(self._optimizer, self._weights.named.values())
-        for piece in compress(cut(snapshots, self._weights.parameters), still):
-            piece.copy_(piece[-1].clone())
+        for piece, value in compress(zip(cut(snapshots, own), cut(now, own), strict=True), still):
+            piece.copy_(value)
         extra = 1 if self._judge.refresh is None else 2  # evaluations that try no candidate
         if allowed <= extra:
             return Found(f"budget: max_overhead={self._settings.max_overhead:g} allows no candidate yet"), {}
-        if self._settings.mode == "auto":
-            rough = roughness(snapshots, self._ranks)
-            if rough > NOISE:
-                self._schedule.look_again(self.steps)
-                return Found(f"noise: one step ahead a forecast misses {rough:.2g} of an increment"), {}
+        halvings, rough = smooth(snapshots, self._ranks)
+        if rough > NOISE and self._settings.mode == "auto":
+            self._schedule.look_again(self.steps)
+            return Found(f"noise: one snapshot ahead a forecast misses {rough:.2g} of an increment"), {}
         self._schedule.spent += self._schedule.costs.fit
-        proposer = Proposer(snapshots, self._ranks)
+        recorded, size = len(snapshots), 2**halvings
+        for _ in range(halvings):
+            snapshots = paired(snapshots)
+        proposer = Proposer(snapshots, self._ranks, self._settings.block * size)
         if not bool(proposer.path.isfinite().all()):
             return Found("the recorded weights hold NaN or Inf"), {}
-        displacements, choice, count = displaced(snapshots), self._choice, allowed - extra
-        return self._judge.best(
-            lambda saved, before: search(proposer, displacements, choice, saved, before, count, self._judge.loss)
-        )
+        displacements, choice, count = displaced(snapshots, now), self._choice, allowed - extra
+
+        def searching(saved: Sequence[Tensor], before: float) -> Found:
+            found = search(proposer, displacements, choice, saved, before, count, self._judge.loss)
+            if found.coefficients is None:
+                return found
+            return found._replace(coefficients=unpaired(found.coefficients, size, recorded))
+
+        return self._judge.best(searching)
 
     def _attempt_along(self, held: secants.Secants) -> tuple[Found, Mapping[str, Tensor]]:
         self._schedule.spent += self._schedule.costs.secants

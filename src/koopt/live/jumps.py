@@ -60,6 +60,7 @@ class Found(NamedTuple):
     candidate: Candidate | None = None
     coefficients: Tensor | None = None
     weights: list[Tensor] | None = None
+    horizon: float | None = None  # in optimizer steps
     ahead: float = 0.0  # optimizer steps that the move stands for
 
 
@@ -78,8 +79,8 @@ def search(
     of the best ones as long as that lowers the loss.
 
     Args:
-        proposer: over the recorded steps, the last of which is now.
-        displacements: `(time, state)`, of these steps.
+        proposer: over the recorded steps.
+        displacements: `(time, state)`, of these steps from the weights as they are.
         choice: says which families to try, and learns from it.
         saved: the weights as they are.
         before: their loss, finite.
@@ -102,7 +103,8 @@ def search(
             left -= 1
             loss = finite(evaluate(weights))
             if loss < (math.inf if best.after is None else best.after):
-                best = Found(best.reason, before, loss, candidate, coefficients, weights)
+                steps = horizon * (proposer.time - 1) * proposer.every
+                best = Found(best.reason, before, loss, candidate, coefficients, weights, steps)
         if index in reached and not loss < reached[index][0]:
             return False
         reached[index] = loss, horizon

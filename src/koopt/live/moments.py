@@ -9,7 +9,7 @@ import torch
 
 from koopt.live.candidates import displaced, moved
 from koopt.live.skipping import frozen
-from koopt.live.window import Snapshots
+from koopt.live.window import Snapshots, flattened
 from koopt.sharding import local
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Moments:
         ranks: the processes that hold the other columns.
 
     >>> from koopt.live.settings import Settings
-    >>> settings = Settings("jump", 56, 100, 30, "combine", "keep", 0.06, torch.float32, torch.device("cpu"), 0)
+    >>> settings = Settings("jump", 56, 100, 60, "combine", "keep", 0.06, torch.float32, torch.device("cpu"), 0)
     >>> parameter = nn.Parameter(torch.ones(2))
     >>> Moments(torch.optim.SGD([parameter], lr=0.1), [parameter], settings, None).parts.keys()
     dict_keys(['momenta'])
@@ -62,8 +62,9 @@ class Moments:
         self._policy, self._most = settings.momentum, settings.cycle
         self._ages = settings.second_moments == "age"
         held = [local(parameter) for parameter in parameters]
-        combine = settings.snapshots > settings.tail
-        self._first = Snapshots(held, settings.tail, settings.dtype, settings.device) if combine else None
+        combine = settings.snapshots > settings.rows
+        place = (settings.dtype, settings.device)
+        self._first = Snapshots(held, settings.rows, *place, block=settings.block) if combine else None
 
     @property
     def parts(self) -> dict[str, Snapshots]:
@@ -196,12 +197,13 @@ def combine(
     Args:
         optimizer: whose momentum is changed.
         parameters: in the order of the columns.
-        snapshots: `(time, state)`, the recorded momentum, the last of which is now; zero where none is; overwritten.
+        snapshots: `(time, state)`, the recorded momentum, zero where none is; overwritten.
         coefficients: `(time,)`, those of the jump.
         ranks: the processes that hold the other columns.
     """
     held = first_moments(optimizer, parameters)
-    values = moved(_or_zeros(held, parameters), displaced(snapshots), coefficients, ranks)
+    now = _or_zeros(held, parameters)
+    values = moved(now, displaced(snapshots, flattened(now, snapshots)), coefficients, ranks)
     if values is None:
         return
     for moment, value in zip(held, values, strict=True):

@@ -24,7 +24,7 @@ def record(found: Found, step: int, evaluations: int, seconds: float) -> Jump:
         step=step,
         forecaster=None if best is None else best.method,
         rank=None if best is None else best.rank,
-        horizon=None if best is None or found.coefficients is None else best.horizon * (len(found.coefficients) - 1),
+        horizon=found.horizon,
         before=found.before,
         after=found.after,
         accepted=found.weights is not None,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from koopt.live.candidates import FEWEST
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,9 +27,24 @@ class Settings:
     history: int
 
     @property
+    def block(self) -> int:
+        """Steps whose mean is a snapshot: two, where there are enough, as at high rates weights oscillate."""
+        return 2 if self.tail >= 2 * FEWEST else 1
+
+    @property
+    def rows(self) -> int:
+        """How many snapshots a jump is made from."""
+        return self.tail // self.block
+
+    @property
+    def recorded(self) -> int:
+        """How many steps they are made from."""
+        return self.rows * self.block
+
+    @property
     def snapshots(self) -> int:
-        """How many snapshots of single steps are held, those of momentum too."""
-        return 0 if self.mode == "forecast" else self.tail * (2 if self.momentum == "combine" else 1)
+        """How many of them are held, those of momentum too."""
+        return 0 if self.mode == "forecast" else self.rows * (2 if self.momentum == "combine" else 1)
 
     @property
     def means(self) -> int:

@@ -16,12 +16,13 @@ SAMPLES = 4  # of a block; momentum makes closer ones nearly alike
 
 
 class Snapshots:
-    """The last `length` snapshots of some tensors.
+    """The last `length` snapshots of some tensors, each the mean of `block` successive steps.
 
     Args:
         tensors: what is recorded; their number and shapes do not change.
         length: how many are kept.
         dtype, device: of the snapshots.
+        block: how many steps are averaged.
 
     >>> held = Snapshots([torch.tensor([1.0])], 2, torch.float32, torch.device("cpu"))
     >>> for value in (1.0, 2.0, 3.0):
@@ -31,22 +32,44 @@ class Snapshots:
             [3.]])
     """
 
-    def __init__(self, tensors: Sequence[Tensor], length: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], length: int, dtype: torch.dtype, device: torch.device, block: int = 1
+    ) -> None:
         self.rows = torch.zeros(length, sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
         self._cut = [cut(row, tensors) for row in self.rows]
-        self.taken = 0
+        self.block, self.taken = block, 0
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        record(self._cut[self.taken % len(self._cut)], tensors)
+        """One more step."""
+        full, open_ = divmod(self.taken, self.block)
+        place = full % len(self.rows)
+        record(self._cut[place], tensors, add=open_ > 0)
         self.taken += 1
+        if 1 < self.block == open_ + 1:
+            self.rows[place].div_(self.block)
 
     def clear(self) -> None:
         self.taken = 0
 
     def ordered(self) -> Float[Tensor, "time state"]:
-        """The snapshots in order of time: a view until the window is full, then a copy."""
+        """The snapshots in order of time: a view until the window is full, then a copy.
+
+        >>> pairs = Snapshots([torch.tensor([1.0])], 2, torch.float32, torch.device("cpu"), block=2)
+        >>> for value in (1.0, 2.0, 3.0, 4.0, 5.0):
+        ...     pairs.add([torch.tensor([value])])
+        >>> pairs.ordered(), pairs.age  # the open block has taken the place of the oldest
+        (tensor([[3.5000]]), 1.5)
+        """
+        full, open_ = divmod(self.taken, self.block)
         length = len(self.rows)
-        return self.rows[: self.taken] if self.taken <= length else self.rows.roll(-self.taken % length, dims=0)
+        if full + (open_ > 0) <= length:
+            return self.rows[:full]
+        return self.rows.roll(-full % length, dims=0)[open_ > 0 :]
+
+    @property
+    def age(self) -> float:
+        """Steps since the middle of the last snapshot."""
+        return self.taken % self.block + (self.block - 1) / 2
 
     @property
     def nbytes(self) -> int:
@@ -193,6 +216,17 @@ def record(targets: Sequence[Tensor], sources: Sequence[Tensor], add: bool = Fal
     in_place = torch._foreach_add_ if add else torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage], as torch.optim
     with torch.no_grad():
         in_place(list(targets), on(targets[0].device, sources))
+
+
+def flattened(tensors: Sequence[Tensor], like: Tensor) -> Float[Tensor, " state"]:
+    """The tensors as one row in the dtype of others, and where they are.
+
+    >>> flattened([torch.ones(1, 2, dtype=torch.float64), torch.zeros(1)], torch.zeros(0))
+    tensor([1., 1., 0.])
+    """
+    row = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=like.dtype, device=like.device)
+    record(cut(row, tensors), tensors)
+    return row
 
 
 def on(device: torch.device, tensors: Sequence[Tensor]) -> list[Any]:

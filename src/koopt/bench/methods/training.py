@@ -26,6 +26,7 @@ OPTIMIZERS = {  # with torch's defaults, and the usual momentum of SGD
     "adamw": torch.optim.AdamW,
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
 }
+BETA1, BETA2 = 0.9, 0.999  # torch's
 SCHEDULES = {  # the rate's factor at a share of the run
     "constant": lambda share: 1.0,
     "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
@@ -115,8 +116,11 @@ def weights_kept(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def searched(task: Task) -> list[dict[str, Any]]:
     """What the baseline is tuned over, and so every method that trains by it."""
-    found = product(task.optimizers, task.rates, task.schedules)
-    return [{"optimizer": optimizer, "rate": rate, "schedule": schedule} for optimizer, rate, schedule in found]
+    found = product(task.optimizers, task.rates, task.schedules, task.decays)
+    return [
+        {"optimizer": optimizer, "rate": rate, "schedule": schedule} | _decay(decay)
+        for optimizer, rate, schedule, decay in found
+    ]
 
 
 def start_plain(problem: Problem, setting: Mapping[str, Any], steps: int) -> Run:
@@ -124,8 +128,14 @@ def start_plain(problem: Problem, setting: Mapping[str, Any], steps: int) -> Run
     name = setting["optimizer"]
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer is {name!r}, expected one of {', '.join(OPTIMIZERS)}")
-    optimizer = OPTIMIZERS[name](problem.model.parameters(), lr=setting["rate"])
+    options = {"betas": (BETA1, setting["beta2"])} if "beta2" in setting else {}
+    optimizer = OPTIMIZERS[name](problem.model.parameters(), lr=setting["rate"], **options)
     return Run(problem.model, optimizer, scheduler(optimizer, setting["schedule"], steps))
+
+
+def _decay(decay: float) -> dict[str, float]:
+    """In a setting, where it is not torch's own."""
+    return {} if decay == BETA2 else {"beta2": decay}
 
 
 def scheduler(
@@ -156,9 +166,10 @@ def start_lookahead(problem: Problem, setting: Mapping[str, Any], steps: int) ->
 
 
 def schedule_free_settings(task: Task) -> list[dict[str, Any]]:
-    """Rates and warm-ups, with the weight decay of the task's own optimizer."""
+    """Rates, warm-ups and beta2, with the weight decay of the task's own optimizer."""
     decay = 0.01 if "adamw" in task.optimizers else 0.0
-    return [{"rate": rate, "warmup": warmup, "decay": decay} for rate, warmup in product(task.rates, WARMUPS)]
+    found = product(task.rates, WARMUPS, task.decays)
+    return [{"rate": rate, "warmup": warmup, "decay": decay} | _decay(squares) for rate, warmup, squares in found]
 
 
 def start_schedule_free(problem: Problem, setting: Mapping[str, Any], steps: int) -> Run:
@@ -168,7 +179,7 @@ def start_schedule_free(problem: Problem, setting: Mapping[str, Any], steps: int
     optimizer = AdamWScheduleFree(
         problem.model.parameters(),
         lr=setting["rate"],
-        betas=(setting.get("beta", 0.9), 0.999),
+        betas=(setting.get("beta", BETA1), setting.get("beta2", BETA2)),
         weight_decay=setting["decay"],
         warmup_steps=round(setting["warmup"] * steps),
     )
