@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from koopt.bench.task import Problem, Task
 
 ATTEMPTS = {"de-solver": 4_000, "burgers": 3_000, "mnist-mlp": 1_500, "mnist-cnn": 750, "shakespeare": 750}
-CYCLE, TAIL = 28, 8  # steps: one along secants after 20, then those that the next jump is made from
+CYCLE, TAIL = 32, 12  # steps: one along secants after 20, then those that the next jump is made from
 EACH = 250  # attempts in a run, on average; then the next seed, rate and policy
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SEED = 3_000  # of the first run: no other benchmark uses those above

@@ -33,7 +33,7 @@ class Run:
         self.x = torch.randn(16, 2, generator=generator)
         self.y = self.x.prod(dim=1, keepdim=True)
         self.koop = koopt.attach(
-            self.optimizer, self.model, self.guard, "jump", cycle=20, tail=10, window=16, max_overhead=0.1, history=8
+            self.optimizer, self.model, self.guard, "jump", cycle=20, tail=12, window=16, max_overhead=0.1, history=8
         )
         self.step = 0
 

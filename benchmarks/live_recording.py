@@ -124,8 +124,8 @@ def parts(sizes: tuple[int, ...], batch: int, device: str) -> dict[str, tuple[fl
     median_seconds = functools.partial(median_of, place[1])
     run.seconds(200)
     parameters = list(run.model.parameters())
-    tail, means = (kind(parameters, 30, *place) for kind in (Snapshots, BlockMeans))
-    for _ in range(47):
+    tail, means = Snapshots(parameters, 30, *place, block=2), BlockMeans(parameters, 30, *place)
+    for _ in range(94):
         run.step()
         tail.add(parameters)
     snapshots, saved = tail.ordered(), [p.detach().clone() for p in parameters]

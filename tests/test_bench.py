@@ -22,6 +22,7 @@ from koopt.bench.method import Observer, Trainer
 from koopt.bench.run import run
 from koopt.bench.task import Problem, Task
 from koopt.bench.tasks import TASKS
+from koopt.bench.trials import Trials
 
 CURVATURES = torch.tensor([1.0, 0.25], dtype=torch.float64)
 NOTHING = lambda *_: None  # noqa: E731
@@ -380,6 +381,17 @@ def test_options_are_tried_at_the_two_best(bowls):
     ]
 
 
+def test_the_task_says_which_beta2_are_searched_unless_the_command_does(tmp_path):
+    searched = lambda task: [{"rate": 0.1, "beta2": decay} for decay in task.decays]  # noqa: E731
+    start = lambda problem, setting, steps: Descent(problem, setting["rate"])  # noqa: E731
+    methods = {"optimizer": Trainer("optimizer", start, searched)}
+    task = replace(BOWL, decays=(0.5, 0.25))
+    for decays, expected in ((None, [0.5, 0.25]), ((0.75,), [0.75])):
+        settings = protocol.Settings(seeds=1, decays=decays)
+        outcome = protocol.conduct(settings, task, methods, Trials(task, tmp_path), lambda *_: None)
+        assert [way.setting["beta2"] for way, _ in outcome.search["optimizer"].tried] == expected
+
+
 def test_observers_choose_their_own_setting(bowls):
     _, _, rows, _ = bowls
     assert of(rows, "targets", method="scaled")[0]["setting"].endswith("factor 0")  # weights of zero: no loss at all
@@ -657,6 +669,8 @@ def test_command(own, tmp_path, capsys):
         (["bowl", "--seeds", "0"], "--seeds is 0, expected at least 1"),
         (["bowl", "--seed", "995"], "--seed is 995: seed 1000 is for tuning, and never reported"),
         (["bowl", "--jobs", "0"], "--jobs is 0, expected at least 1, or -1 for all cores"),
+        (["bowl", "--beta2", "0.9,few"], "--beta2 is '0.9,few', expected numbers between 0 and 1, separated by commas"),
+        (["bowl", "--beta2", "0.9,1"], "--beta2 is '0.9,1', expected numbers between 0 and 1, separated by commas"),
         (["bowl", "--report"], "holds no trials of the baseline"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -383,6 +384,18 @@ def test_schedules(schedule, factors):
         running.step(closure_of(made))
     assert [found[0], found[5], found[10]] == pytest.approx([0.2 * factor for factor in factors])
     assert found[11] == pytest.approx(found[10])
+
+
+def test_beta2_is_searched_and_torchs_own_is_not_named():
+    searched = training.searched(replace(task(True), decays=(0.999, 0.5)))
+    assert len(searched) == 8
+    assert [setting for setting in searched if "beta2" not in setting] == training.searched(task(True))
+    assert {setting["beta2"] for setting in searched if "beta2" in setting} == {0.5}
+    made = problem(noisy=False)
+    for setting, betas in ((searched[0], (0.9, 0.999)), (searched[1], (0.9, 0.5))):
+        assert training.start_plain(made, setting, 10).optimizer.defaults["betas"] == betas
+    for setting in training.schedule_free_settings(replace(task(True), decays=(0.5,))):
+        assert training.start_schedule_free(made, setting, 10).optimizer.defaults["betas"] == (0.9, 0.5)
 
 
 def test_unknown_names_are_refused():

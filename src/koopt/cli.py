@@ -111,7 +111,7 @@ def _add_bench(commands: Any) -> None:
     bench.set_defaults(command=_bench)
     bench.add_argument("task", metavar="TASK", help="a task's name, or all")
     bench.add_argument("--methods", metavar="A,B", help="names, separated by commas (all)")
-    bench.add_argument("--beta2", metavar="A,B", type=_decimals, help="of Adam, searched beside the rate (the task's)")
+    bench.add_argument("--beta2", metavar="A,B", help="of Adam, searched beside the rate (the task's)")
     bench.add_argument("--seeds", type=int, help="how many are reported (10; 2 with --quick)")
     bench.add_argument("--seed", type=int, default=0, help="first of them (%(default)s)")
     bench.add_argument("--jobs", type=int, default=-1, metavar="N", help="runs at a time; -1: one a core (%(default)s)")
@@ -207,11 +207,11 @@ def _of_the_others(folders: dict[str, Path], given: argparse.Namespace) -> dict[
     return recorded
 
 
-def _decimals(text: str) -> tuple[float, ...]:
+def _decays(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers, separated by commas") from None
+        raise ValueError(f"--beta2 is {text!r}, expected numbers between 0 and 1, separated by commas") from None
 
 
 def _bench(given: argparse.Namespace) -> int:
@@ -219,7 +219,8 @@ def _bench(given: argparse.Namespace) -> int:
     from koopt.bench import command, results
 
     methods = None if given.methods is None else tuple(name.strip() for name in given.methods.split(","))
-    settings = command.settings(methods, given.seeds, given.seed, given.quick, given.jobs, given.report, given.beta2)
+    decays = None if given.beta2 is None else _decays(given.beta2)
+    settings = command.settings(methods, given.seeds, given.seed, given.quick, given.jobs, given.report, decays)
     folder = given.output or Path("results/bench") / ("" if given.task == "all" else given.task)
     with terminal.progress() as progress:
         rows, failures = command.bench_named(given.task, settings, folder, progress)
@@ -241,7 +242,7 @@ def _bench_command(given: argparse.Namespace) -> str:
     words = ["koopt bench", given.task]
     words += ["--quick"] if given.quick else []
     words += [f"--methods {given.methods}"] if given.methods is not None else []
-    words += [f"--beta2 {','.join(f'{decay:g}' for decay in given.beta2)}"] if given.beta2 is not None else []
+    words += [f"--beta2 {given.beta2}"] if given.beta2 is not None else []
     words += [f"--seeds {given.seeds}"] if given.seeds is not None else []
     words += [f"--seed {given.seed}"] if given.seed else []
     return " ".join(words)

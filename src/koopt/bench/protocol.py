@@ -111,7 +111,8 @@ def check(settings: Settings, tasks: Sequence[Task], methods: Mapping[str, Train
     if common := set(TUNING) & set(settings.reported):
         raise ValueError(f"--seed is {settings.seed}: seed {min(common)} is for tuning, and never reported")
     if settings.decays is not None and not (settings.decays and all(0 < decay < 1 for decay in settings.decays)):
-        raise ValueError(f"--beta2 is {settings.decays}, expected numbers between 0 and 1, separated by commas")
+        given = ",".join(f"{decay:g}" for decay in settings.decays)
+        raise ValueError(f"--beta2 is {given!r}, expected numbers between 0 and 1, separated by commas")
     if settings.jobs == 0:
         raise ValueError("--jobs is 0, expected at least 1, or -1 for all cores")
 
