@@ -1,11 +1,12 @@
 """What options of `koopt.attach` bring on the full-batch tasks of `koopt bench`, on seeds of the development.
 
     python benchmarks/jump_options.py --option history 50 --option history 25
+    python benchmarks/jump_options.py --tasks de-solver --rate 0.08 --beta2 0.9
 
 Prints the cost, a guard evaluation counted as a third of a step, until the losses that Adam with a cosine schedule has
-at 50, 75 and 100 % of its steps, as a share of these steps (geometric mean over the seeds; a loss that is missed counts
-1.5), the processor time to the last one, and how many runs end more than 2 % above the plain one with the same
-schedule: with the defaults and with each option.
+at 50, 75 and 100 % of its steps at the same rate, as a share of these steps (geometric mean over the seeds; a loss that
+is missed counts 1.5), the processor time to the last one, and how many runs end more than 2 % above the plain one with
+the same schedule: with the defaults and with each option.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from reaching import mean_shares
 from koopt.bench.method import Trainer
 from koopt.bench.methods import attached
 from koopt.bench.methods.jumping import LINE, LINES, start_line
-from koopt.bench.methods.training import searched, start_plain
+from koopt.bench.methods.training import BETA2, searched, start_plain
 from koopt.bench.protocol import losses_at_shares
 from koopt.bench.run import run
 from koopt.bench.statistics import crossing
@@ -38,6 +39,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(3000, 3008)))
     parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine")
+    parser.add_argument("--rate", type=float, help=f"of all tasks; else {RATES}")
+    parser.add_argument("--beta2", type=float, default=BETA2)
     parser.add_argument("--option", nargs=2, action="append", default=[], metavar=("NAME", "JSON"), help="of attach")
     parser.add_argument("--lines", action="store_true", help="the guarded straight line too, at all its settings")
     arguments = parser.parse_args()
@@ -52,7 +55,8 @@ def main() -> None:
         title = "line, " + ", ".join(f"{key} {value}" for key, value in setting.items())
         ways[title] = Trainer("line", start_line, searched, guard=True), setting
     for task in (TASKS[name] for name in arguments.tasks):
-        given = {"optimizer": task.optimizers[0], "rate": RATES[task.name], "schedule": "cosine"}
+        given = {"optimizer": task.optimizers[0], "rate": arguments.rate or RATES[task.name], "schedule": "cosine"}
+        given["beta2"] = arguments.beta2
         plain = Trainer("plain", start_plain, searched)
         records = [run(task, plain, given, seed)[0] for seed in arguments.seeds]
         aims = [losses_at_shares(record, task) for record in records]

@@ -22,7 +22,7 @@ from koopt.bench.method import Observer, Trainer
 from koopt.bench.run import run
 from koopt.bench.task import Problem, Task
 from koopt.bench.tasks import TASKS
-from koopt.bench.trials import Trials
+from koopt.bench.trials import Trials, Way
 
 CURVATURES = torch.tensor([1.0, 0.25], dtype=torch.float64)
 NOTHING = lambda *_: None  # noqa: E731
@@ -327,6 +327,13 @@ def test_baseline_is_the_best_of_the_grid(bowls):
     assert ["score_1001" in row for row in tried] == [False, True, True, False]  # the best third, rounded up
     assert ["score_1005" in row for row in tried] == [False, True, True, False]
     assert [row["chosen"] for row in tried] == [False, False, True, False]
+
+
+def test_the_baseline_is_chosen_by_the_middle_loss_and_others_by_the_mean_share():
+    often, always = [(1e-6,), (1e-6,), (9.0,)], [(1e-2,), (1e-2,), (1e-2,)]
+    for name, first in (("optimizer", often), ("other", always)):
+        way = Way(name, METHODS["optimizer"], {})
+        assert min((often, always), key=lambda scores: protocol.overall(way, scores)) is first
 
 
 def test_settings_are_chosen_on_more_seeds_than_they_are_narrowed_down_on(tmp_path):

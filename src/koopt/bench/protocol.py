@@ -124,8 +124,8 @@ def conduct(
 
     The first tuning seed is tried with every setting of the grid, the second with the best third of them; `options` are
     then tried likewise on top of the two best over both. The best three so far are tried on the other tuning seeds, and
-    the best over all seeds is chosen. The baseline's score is its final loss, that of others the share of the budget to
-    the baseline's losses on the same seed.
+    the best over all seeds is chosen. The baseline's score is its median final loss, that of others the mean share of
+    the budget to the baseline's losses on the same seed.
 
     Args:
         settings: what is compared.
@@ -291,13 +291,16 @@ def _tried(
 
 
 def _ranked(tried: list[tuple[Way, list[Score]]]) -> list[tuple[Way, list[Score]]]:
-    """The best first: those on both tuning seeds, by the mean of their scores, then the others."""
-    return sorted(tried, key=lambda one: (-len(one[1]), mean_score(one[1])))
+    """The best first: those on most tuning seeds, by their scores, then the others."""
+    return sorted(tried, key=lambda one: (-len(one[1]), overall(*one)))
 
 
-def mean_score(scores: Sequence[Score]) -> Score:
-    """Over the tuning seeds."""
-    return tuple(math.fsum(parts) / len(parts) for parts in zip(*scores, strict=True))
+def overall(way: Way, scores: Sequence[Score]) -> Score:
+    """Over the tuning seeds: the mean, of the baseline the median, as single losses may differ a thousandfold."""
+    columns = zip(*scores, strict=True)
+    if way.method == BASELINE:
+        return tuple(float(np.median(column)) for column in columns)
+    return tuple(math.fsum(column) / len(column) for column in columns)
 
 
 def _best_of(tried: list[tuple[Way, list[Score]]]) -> Search:

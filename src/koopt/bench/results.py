@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from koopt.bench import statistics
-from koopt.bench.protocol import BASELINE, SHARES, TUNING, mean_score
+from koopt.bench.protocol import BASELINE, SHARES, TUNING, overall
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -207,7 +207,8 @@ def _searched(outcome: Outcome) -> list[dict[str, Any]]:
             row = {"table": "search", "task": outcome.task.name, "method": method, "setting": way.shown}
             row |= {f"score_{seed}": score[0] for seed, score in zip(TUNING, scores, strict=False)}
             chosen = search.chosen is not None and way.shown == search.chosen.shown
-            found.append(row | {"score": mean_score(scores)[0], "final_loss": mean_score(scores)[-1], "chosen": chosen})
+            middle = overall(way, scores)
+            found.append(row | {"score": middle[0], "final_loss": middle[-1], "chosen": chosen})
     return found
 
 

@@ -91,9 +91,7 @@ class Live:
         self._schedule = Schedule(settings.cycle, settings.max_overhead, costs, settings.tail)
         if self._secants is not None:
             self._schedule.follow(0)
-        self._recording = (
-            settings.block * settings.snapshots * SNAPSHOT
-        )  # what it costs to record the steps for one attempt
+        self._recording = settings.block * settings.snapshots * SNAPSHOT  # the steps for one attempt
         self._choice = Choice()
         self._taste = evaluating.Taste()
         self._callbacks: list[Callable[[Jump], object]] = []

@@ -118,5 +118,4 @@ TASK = Task(
     rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
     schedules=("cosine", "constant"),
     problem=problem,
-    decays=(0.999, 0.95, 0.9),
 )

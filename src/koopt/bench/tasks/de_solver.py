@@ -74,5 +74,4 @@ TASK = Task(
     rates=(0.01, 0.02, 0.04, 0.08, 0.16),
     schedules=("cosine", "constant"),
     problem=problem,
-    decays=(0.999, 0.95, 0.9),
 )
