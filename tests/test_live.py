@@ -259,7 +259,7 @@ BAD = {
     "koopt.attach(optimizer, model, window=-2)": "ValueError: window is -2, expected a whole number >= 4",
     "koopt.attach(optimizer, model, window=2**40)": "ValueError: window: .* GiB free; take a smaller window",
     "koopt.attach(optimizer, model, tail=2)": "ValueError: tail is 2, expected a whole number >= 6",
-    "koopt.attach(optimizer, model, cycle=50)": "ValueError: cycle is 50, expected a whole number >= 60, the tail",
+    "koopt.attach(optimizer, model, tail=60, cycle=50)": "ValueError: cycle is 50, expected .* number >= 60, the tail",
     "koopt.attach(optimizer, model, history=-1)": "ValueError: history is -1, expected a whole number >= 0, or None",
     "koopt.attach(optimizer, model, momentum='more')": "ValueError: momentum is 'more', expected one of keep, reset",
     "koopt.attach(optimizer, model, second_moments=0)": "ValueError: second_moments is 0, expected one of age, keep",

@@ -371,3 +371,13 @@ def test_a_horizon_is_never_shorter_than_a_step():
         )
     assert min(horizon for horizon in choice.horizons if horizon > 0) >= 1 / 5
     assert [h > 0 for h in choice.horizons] == [family.horizon > 0 for family in FAMILIES]
+
+
+@pytest.mark.parametrize(
+    ("options", "tail"), [({}, 60), ({"history": 50}, 30), ({"history": None}, 30), ({"cycle": 40}, 40)]
+)
+def test_the_tail_leaves_room_for_steps_along_secants_and_fits_the_cycle(options, tail):
+    bowl = Bowl(**options)
+    assert bowl.koop.state_dict()["settings"]["tail"] == tail
+    bowl.koop.detach()
+    assert Bowl(history=50, tail=20).koop.state_dict()["settings"]["tail"] == 20

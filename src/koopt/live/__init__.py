@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 MODES = ("auto", "jump", "forecast")
+ALONE, BESIDE_SECANTS = 60, 30  # steps that jumps are made from; where there are steps along secants, these need some
 
 
 def attach(
@@ -37,7 +38,7 @@ def attach(
     *,
     window: int = 56,
     cycle: int = 100,
-    tail: int = 60,
+    tail: int | None = None,
     history: int | None = 0,
     momentum: str = "keep",
     second_moments: str = "age",
@@ -68,7 +69,8 @@ def attach(
         cycle: optimizer steps between attempts to jump; three times as many after each that fails, up to 32
             cycles, twice as many after each look that finds noise, up to 4.
         tail: how many steps at the end of a cycle jumps are made from: by the means of each two, or if there are fewer
-            than 12 by the steps themselves.
+            than 12 by the steps themselves. None: 60, or 30 where there are steps along secants, which need the
+            others; at most a cycle.
         history: how many pairs of changes of weights and gradients are kept for steps along secants; 0: no such steps,
             which do better than other jumps on some tasks and worse on others; None: 50, or as many as 256 MiB hold, or
             none where these are fewer than 8.
@@ -126,9 +128,10 @@ def attach(
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     if mode == "jump" and guard is None:
         raise ValueError('mode is "jump", which needs a guard: a function that returns the loss at the current weights')
-    for name, value, least in (("window", window, 4), ("tail", tail, FEWEST), ("cycle", cycle, tail)):
+    shortest = FEWEST if tail is None else tail
+    for name, value, least in (("window", window, 4), ("tail", shortest, FEWEST), ("cycle", cycle, shortest)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            why = ", the tail" if name == "cycle" else ""
+            why = ", the tail" if name == "cycle" and tail is not None else ""
             raise ValueError(f"{name} is {value!r}, expected a whole number >= {least}{why}")
     if history is not None and (isinstance(history, bool) or not isinstance(history, int) or history < 0):
         raise ValueError(f"history is {history!r}, expected a whole number >= 0, or None")
@@ -147,6 +150,8 @@ def attach(
     inside = isinstance(inner, torch.optim.LBFGS)  # leaves gradients of other points than a step began at
     if history is None:  # by the whole parameters, so that all processes have the same
         history = 0 if inside else secants.default_length(list(named.values()), dtype)
+    if tail is None:
+        tail = min(cycle, BESIDE_SECANTS if history else ALONE)
     mode = mode if guard is not None else "forecast"
     settings = Settings(
         mode=mode,

@@ -460,6 +460,7 @@ class Live:
         if not bool(proposer.path.isfinite().all()):
             return Found("the recorded weights hold NaN or Inf"), {}
         displacements, choice, count = displaced(snapshots, now), self._choice, allowed - extra
+        del now  # a whole copy of the weights
 
         def searching(saved: Sequence[Tensor], before: float) -> Found:
             found = search(proposer, displacements, choice, saved, before, count, self._judge.loss)
