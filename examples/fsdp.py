@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 
 import koopt
 
-STEPS = 300
+STEPS = 600
 
 
 def data(rank):
