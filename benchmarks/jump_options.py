@@ -22,10 +22,11 @@ from reaching import mean_shares
 from koopt.bench.method import Trainer
 from koopt.bench.methods import attached
 from koopt.bench.methods.jumping import LINE, LINES, start_line
-from koopt.bench.methods.training import BETA2, searched, start_plain
+from koopt.bench.methods.training import searched, start_plain
 from koopt.bench.protocol import losses_at_shares
 from koopt.bench.run import run
 from koopt.bench.statistics import crossing
+from koopt.bench.task import BETA2
 from koopt.bench.tasks import TASKS
 
 if TYPE_CHECKING:

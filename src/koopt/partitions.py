@@ -282,7 +282,7 @@ def bare(model: nn.Module) -> nn.Module:
     Linear(in_features=1, out_features=1, bias=True)
     """
     while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or _is_compiled(model):
-        model = model._orig_mod if _is_compiled(model) else model.module  # pyright: ignore[reportAssignmentType]
+        model = model._orig_mod if _is_compiled(model) else model.module  # pyright: ignore[reportAssignmentType], both are modules
     return model
 
 
@@ -385,7 +385,7 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if parameter is not None:
             yield re.sub("_orig$", ".original", name), parameter
     if parametrize.is_parametrized(module):
-        for name, originals in module.parametrizations.items():  # type: ignore[union-attr]
+        for name, originals in module.parametrizations.items():  # type: ignore[union-attr], which only such modules have
             for key, parameter in originals.named_parameters(recurse=False):
                 yield f"{name}.{key}", parameter
 

@@ -176,9 +176,9 @@ class Trajectory:
         if not self._together or sources[0].device != self._sum.device:
             sources = [parameter.to(self._sum.device) for parameter in sources]
         if in_block == 0:
-            torch._foreach_copy_(self._sums, sources)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(self._sums, sources)  # pyright: ignore[reportPrivateImportUsage], as torch.optim takes it
         else:
-            torch._foreach_add_(self._sums, sources)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(self._sums, sources)  # pyright: ignore[reportPrivateImportUsage], as torch.optim takes it
         if in_block == self.stride - 1:
             torch.div(self._sum, self.stride, out=self._row(self._taken(self.steps)))
 
@@ -241,7 +241,7 @@ class Trajectory:
         try:
             patches = [_continue(patch, horizon, method, options) for patch in parts.gather_flat(window)]
             return self._as_parameters(parts.scatter_flat(patches))
-        except (ValueError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
+        except (ValueError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage], which torch documents
             self._require_finite_window(window)  # the likely cause, by name
             raise
 
@@ -478,7 +478,7 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if source.untyped_storage().data_ptr() in held:  # as when two parameters change places
             sources[parameter] = source.clone()
     if sources:
-        torch._foreach_copy_(list(sources), list(sources.values()))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(list(sources), list(sources.values()))  # pyright: ignore[reportPrivateImportUsage], as torch.optim takes it
 
 
 def _gib(size: int) -> str:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+BETA2 = 0.999  # torch's
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -62,4 +64,4 @@ class Task:
     rates: tuple[float, ...]
     schedules: tuple[str, ...]
     problem: Callable[[int, bool], Problem]
-    decays: tuple[float, ...] = (0.999,)
+    decays: tuple[float, ...] = (BETA2,)

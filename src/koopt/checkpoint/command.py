@@ -222,7 +222,7 @@ def _one_line() -> Iterator[None]:
         yield
     except TypeError as error:
         raise ValueError(str(error)) from error
-    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage], which torch documents
         raise ValueError(f"no convergence ({error}); take a lower --rank or --method line") from error
     except MemoryError:
         raise ValueError("not enough memory; see --dry-run for what is needed, and take --by layer") from None

@@ -64,7 +64,7 @@ def steps_of(checkpoints: Sequence[Checkpoint], given: Sequence[float] | None = 
 def _from_metadata(checkpoints: Sequence[Checkpoint]) -> list[float] | None:
     for key in KEYS:
         try:
-            found = [float(checkpoint.metadata[key]) for checkpoint in checkpoints]  # type: ignore[arg-type]
+            found = [float(checkpoint.metadata[key]) for checkpoint in checkpoints]  # type: ignore[arg-type], of None it is a TypeError
         except (KeyError, TypeError, ValueError, OverflowError):
             continue
         if len(set(found)) > 1:

@@ -163,7 +163,7 @@ def read_fully(file: BinaryIO, place: memoryview, path: Path, name: str) -> None
     """Fill `place` from a file; one that ends first was changed while it was read."""
     done = 0
     while done < len(place):
-        count = file.readinto(place[done:])  # type: ignore[attr-defined]
+        count = file.readinto(place[done:])  # type: ignore[attr-defined], which opened files have
         if not count:
             raise ValueError(f"{path}: truncated within tensor {name!r} while it was read; copy it again")
         done += count

@@ -230,7 +230,7 @@ def train(run: Run, first: int, advance: Callable[[int], bool]) -> Group | None:
     @torch.no_grad()
     def update_averages() -> None:
         for decay, average in zip(run.decays, averages, strict=True):
-            torch._foreach_lerp_(average, parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_lerp_(average, parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage], as torch.optim takes it
 
     keep(step := 0)
     for _ in range(run.epochs):

@@ -103,7 +103,7 @@ class Proposer:
                 if "span" in options:
                     options["span"] = min(options["span"], tail - 1)
                 found = METHODS[candidate.method](self.path[-tail:], horizon, **options)
-        except (ValueError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
+        except (ValueError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage], which torch documents
             return None
         if not bool(found.isfinite().all()):
             return None

@@ -63,7 +63,7 @@ class Weights:
     def write(self, values: Sequence[Tensor]) -> None:
         sharding.reshard(self._sharding)  # else the next forward pass would take whole weights of before
         # one call, which Ctrl-C cannot cut in two
-        torch._foreach_copy_(self.parameters, list(values))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(self.parameters, list(values))  # pyright: ignore[reportPrivateImportUsage], as torch.optim takes it
         torch.clear_autocast_cache()  # else a forward pass within the same region would take copies of before
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from koopt.bench.task import BETA2
 from koopt.live.guard import buffers_kept
 from koopt.partitions import trainable
 
@@ -26,7 +27,7 @@ OPTIMIZERS = {  # with torch's defaults, and the usual momentum of SGD
     "adamw": torch.optim.AdamW,
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
 }
-BETA1, BETA2 = 0.9, 0.999  # torch's
+BETA1 = 0.9  # torch's
 SCHEDULES = {  # the rate's factor at a share of the run
     "constant": lambda share: 1.0,
     "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
