@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 
 import koopt
 
-STEPS = 600
+STEPS = 300
 
 
 def data(rank):

@@ -30,6 +30,31 @@ def test_a_resumed_run_is_the_uninterrupted_one(at, momentum):
         assert torch.equal(own, other)
 
 
+@pytest.mark.parametrize("momentum", ["keep", "combine"])
+def test_a_rough_run_resumes_with_means_of_as_many_steps(momentum):
+    def step(task, i):
+        generator = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for parameter in task.model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        task.step(i)
+
+    options = {"momentum": momentum, "cycle": 14, "tail": 12, "max_overhead": 1.0}
+    whole, koop = resumable(**options)
+    states = []
+    for i in range(60):
+        states.append(saved(whole, koop))
+        step(whole, i)
+    blocks = [state["koop"]["snapshots"]["block"] for state in states]
+    assert {1, 2} == set(blocks)
+    for at in (10, blocks.index(2), blocks.index(2) + 11):
+        task, again = resumed(states[at], **options)
+        for i in range(at, 60):
+            step(task, i)
+        assert task.bits == whole.bits
+        assert repr(again.state_dict() | {"jumps": ""}) == repr(koop.state_dict() | {"jumps": ""})
+
+
 def test_the_optimizers_state_dict_carries_koopt_along_where_asked():
     task, koop = resumable(with_optimizer=True)
     task.run(steps=40)

@@ -68,9 +68,9 @@ def attach(
         window: even, the largest number of block means that forecasts are made from.
         cycle: optimizer steps between attempts to jump; three times as many after each that fails, up to 32
             cycles, twice as many after each look that finds noise, up to 4.
-        tail: how many steps at the end of a cycle jumps are made from: by the means of each two, or if there are fewer
-            than 12 by the steps themselves. None: 60, or 30 where there are steps along secants, which need the
-            others; at most a cycle.
+        tail: how many steps at the end of a cycle jumps are made from, at most: by means of each two of them where the
+            last half is rough, and by that half where it is smooth; if there are fewer than 12, by all of them. None:
+            60, or 30 where there are steps along secants, which need the others; at most a cycle.
         history: how many pairs of changes of weights and gradients are kept for steps along secants; 0: no such steps,
             which do better than other jumps on some tasks and worse on others; None: 50, or as many as 256 MiB hold, or
             none where these are fewer than 8.

@@ -56,7 +56,7 @@ class Schedule:
             cycles, or until attempts take a fifth of the budget; after looks at noise 1, 2, then 4 cycles.
         max_overhead: what recording, fits and evaluations may cost, as a share of the steps.
         costs: of an attempt.
-        tail: steps before an attempt that are recorded for it, in which no step along secants is taken.
+        tail: the most steps before an attempt that are recorded for it, in which no step along secants is taken.
         following: when a step along secants is due; 0: none is.
 
     >>> schedule = Schedule(cycle=100, max_overhead=0.03)

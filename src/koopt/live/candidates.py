@@ -166,6 +166,20 @@ def smooth(snapshots: Float[Tensor, "time state"], ranks: Ranks | None = None) -
     return (0, first) if rough > NOISE else (halvings, rough)
 
 
+def block_after(block: int, halvings: int, rough: float) -> int:
+    """Whether the next snapshots are single steps or means of two, after those had to be paired so often.
+
+    Single steps are half the work and show the fastest motion; means of two reach twice as far back, and are smoother.
+    Where one is rough, the other is tried.
+
+    >>> block_after(1, 0, 0.0), block_after(1, 1, 0.0), block_after(1, 0, 0.9), block_after(2, 0, 0.9)
+    (1, 2, 2, 1)
+    """
+    if rough > NOISE:
+        return 2 if block == 1 else 1
+    return 2 if halvings else block
+
+
 def paired(snapshots: Float[Tensor, "time state"]) -> Float[Tensor, "half state"]:
     """Means of two successive snapshots, in the place of the first of them; of an odd number the oldest is left out.
 

@@ -16,7 +16,7 @@ import torch
 from koopt import distributed, sharding
 from koopt.live import evaluating, records, resuming, secants
 from koopt.live.budget import ADVANCE, ENOUGH, MEAN, MOST, SNAPSHOT, TRIES, Costs, Schedule
-from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, displaced, paired, smooth, unpaired
+from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, block_after, displaced, paired, smooth, unpaired
 from koopt.live.judging import Judge
 from koopt.live.jumps import TOLERANCE, Found, disagreement, follow, search
 from koopt.live.moments import Moments
@@ -80,7 +80,7 @@ class Live:
         self._weights = Weights(named, sharding.sharding_modules(model))
         self._judge = Judge(stepping, model, self._weights, guard, refresh, ranks)
         recorded, place = self._weights.parameters, (settings.dtype, settings.device)
-        self._tail = Snapshots(recorded, settings.rows, *place, block=settings.block) if settings.snapshots else None
+        self._tail = Snapshots(recorded, settings.rows, *place) if settings.snapshots else None
         self._moments = Moments(optimizer, list(named.values()), settings, ranks)
         self._means = BlockMeans(recorded, settings.window, *place) if settings.means else None
         self._secants = secants.Secants(recorded, settings.history, *place) if settings.history else None
@@ -91,7 +91,7 @@ class Live:
         self._schedule = Schedule(settings.cycle, settings.max_overhead, costs, settings.tail)
         if self._secants is not None:
             self._schedule.follow(0)
-        self._recording = settings.block * settings.snapshots * SNAPSHOT  # the steps for one attempt
+        self._block = 1  # steps whose mean is a snapshot, in the next window
         self._choice = Choice()
         self._taste = evaluating.Taste()
         self._callbacks: list[Callable[[Jump], object]] = []
@@ -191,7 +191,7 @@ class Live:
         >>> model = nn.Linear(1, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> koopt.attach(optimizer, model, guard=lambda: model.weight.square().sum(), mode="jump").jump().reason
-        'too few snapshots: 0 recent steps are recorded, 12 are needed'
+        'too few snapshots: 0 recent steps are recorded, 6 are needed'
         """
         self._weights.require_free()
         if self._secants is not None and self._secants.pairs and self._tail is not None and not self._tail.taken:
@@ -279,6 +279,8 @@ class Live:
             part.load_state_dict(state[name])
         for name in SCHEDULED:
             setattr(self._schedule, name, state[name])
+        if self._tail is not None:
+            self._block = self._tail.block
         self.steps, self._judge.sound, self.jumps = state["steps"], state["sound"], jumps
 
     def _require_fits(self, state: Mapping[str, Any]) -> list[Jump]:
@@ -332,7 +334,7 @@ class Live:
         if self._secants is not None and self._toward_step(self._secants):
             return
         left = self._schedule.due - self.steps
-        if left < self._settings.recorded and self._tail is not None:
+        if self._tail is not None and left < self._tail.steps:
             self._toward_jump(self._tail, left)
 
     def _at_point(self, step: int) -> bool:
@@ -362,15 +364,15 @@ class Live:
 
     def _toward_jump(self, tail: Snapshots, left: int) -> None:
         """Record the last steps before the attempt that is due in `left`, and make it, as far as the budget allows."""
-        schedule, length = self._schedule, self._settings.recorded
-        if left == length - 1 and not schedule.afford(self._recording):
+        schedule, each = self._schedule, SNAPSHOT * self._settings.snapshots / self._settings.rows
+        if left == tail.steps - 1 and not schedule.afford(tail.steps * each):
             if not self.jumps or not self.jumps[-1].reason.startswith("budget"):
                 why = f"budget: max_overhead={schedule.max_overhead:g} does not allow {ENOUGH} evaluations yet"
                 self._tell(records.record(Found(why), self.steps, evaluations=0, seconds=0.0))
             return
         tail.add(self._weights.values)
         self._moments.record()
-        schedule.spent += self._recording / length
+        schedule.spent += each
         if left <= 0:
             self._jump(schedule.allowed(self.steps))
 
@@ -406,8 +408,8 @@ class Live:
     def _forget(self) -> None:
         """The recorded steps are used, or lie before a jump."""
         if self._tail is not None:
-            self._tail.clear()
-        self._moments.clear()
+            self._tail.clear(self._block)
+        self._moments.clear(self._block)
 
     def _try(
         self, attempt: Callable[[], tuple[Found, Mapping[str, Tensor]]], moved: Sequence[int] | None = None
@@ -439,7 +441,7 @@ class Live:
     def _attempt(self, snapshots: Tensor, allowed: int) -> tuple[Found, Mapping[str, Tensor]]:
         """What is best, and with which buffers, where they were renewed; the weights are as before."""
         if len(snapshots) < FEWEST:
-            there, needed = (self._settings.block * rows for rows in (len(snapshots), FEWEST))
+            there, needed = (self._block * rows for rows in (len(snapshots), FEWEST))
             return Found(f"too few snapshots: {there} recent steps are recorded, {needed} are needed"), {}
         own, now = self._weights.parameters, flattened(self._weights.values, snapshots)
         still = frozen(self._optimizer, self._weights.named.values())
@@ -449,6 +451,7 @@ class Live:
         if allowed <= extra:
             return Found(f"budget: max_overhead={self._settings.max_overhead:g} allows no candidate yet"), {}
         halvings, rough = smooth(snapshots, self._ranks)
+        block, self._block = self._block, min(block_after(self._block, halvings, rough), self._settings.block)
         if rough > NOISE and self._settings.mode == "auto":
             self._schedule.look_again(self.steps)
             return Found(f"noise: one snapshot ahead a forecast misses {rough:.2g} of an increment"), {}
@@ -456,7 +459,7 @@ class Live:
         recorded, size = len(snapshots), 2**halvings
         for _ in range(halvings):
             snapshots = paired(snapshots)
-        proposer = Proposer(snapshots, self._ranks, self._settings.block * size)
+        proposer = Proposer(snapshots, self._ranks, block * size)
         if not bool(proposer.path.isfinite().all()):
             return Found("the recorded weights hold NaN or Inf"), {}
         displacements, choice, count = displaced(snapshots, now), self._choice, allowed - extra

@@ -64,7 +64,7 @@ class Moments:
         held = [local(parameter) for parameter in parameters]
         combine = settings.snapshots > settings.rows
         place = (settings.dtype, settings.device)
-        self._first = Snapshots(held, settings.rows, *place, block=settings.block) if combine else None
+        self._first = Snapshots(held, settings.rows, *place) if combine else None
 
     @property
     def parts(self) -> dict[str, Snapshots]:
@@ -75,9 +75,10 @@ class Moments:
         if self._first is not None:
             self._first.add(_or_zeros(first_moments(self._optimizer, self._parameters), self._parameters))
 
-    def clear(self) -> None:
+    def clear(self, block: int) -> None:
+        """Begin anew, with means of so many steps."""
         if self._first is not None:
-            self._first.clear()
+            self._first.clear(block)
 
     def follow(self, found: Found, steps: Sequence[int] | None) -> None:
         """The weights were moved.

@@ -28,18 +28,13 @@ class Settings:
 
     @property
     def block(self) -> int:
-        """Steps whose mean is a snapshot: two, where there are enough, as at high rates weights oscillate."""
+        """The most steps whose mean is a snapshot: two where there are enough, for weights that oscillate."""
         return 2 if self.tail >= 2 * FEWEST else 1
 
     @property
     def rows(self) -> int:
         """How many snapshots a jump is made from."""
         return self.tail // self.block
-
-    @property
-    def recorded(self) -> int:
-        """How many steps they are made from."""
-        return self.rows * self.block
 
     @property
     def snapshots(self) -> int:

@@ -22,7 +22,7 @@ class Snapshots:
         tensors: what is recorded; their number and shapes do not change.
         length: how many are kept.
         dtype, device: of the snapshots.
-        block: how many steps are averaged.
+        block: how many steps are averaged; :meth:`clear` may change it.
 
     >>> held = Snapshots([torch.tensor([1.0])], 2, torch.float32, torch.device("cpu"))
     >>> for value in (1.0, 2.0, 3.0):
@@ -48,8 +48,9 @@ class Snapshots:
         if 1 < self.block == open_ + 1:
             self.rows[place].div_(self.block)
 
-    def clear(self) -> None:
-        self.taken = 0
+    def clear(self, block: int | None = None) -> None:
+        """Begin anew, with means of so many steps; None: of as many as before."""
+        self.taken, self.block = 0, block or self.block
 
     def ordered(self) -> Float[Tensor, "time state"]:
         """The snapshots in order of time: a view until the window is full, then a copy.
@@ -67,6 +68,11 @@ class Snapshots:
         return self.rows.roll(-full % length, dims=0)[open_ > 0 :]
 
     @property
+    def steps(self) -> int:
+        """How many steps a full window is made from."""
+        return self.block * len(self.rows)
+
+    @property
     def age(self) -> float:
         """Steps since the middle of the last snapshot."""
         return self.taken % self.block + (self.block - 1) / 2
@@ -76,11 +82,11 @@ class Snapshots:
         return self.rows.nbytes
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "taken": self.taken}
+        return {"rows": self.rows, "taken": self.taken, "block": self.block}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rows.copy_(state["rows"])
-        self.taken = int(state["taken"])
+        self.taken, self.block = int(state["taken"]), int(state["block"])
 
 
 class BlockMeans:
