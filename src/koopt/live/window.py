@@ -37,12 +37,12 @@ class Snapshots:
     ) -> None:
         self.rows = torch.zeros(length, sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
         self._cut = [cut(row, tensors) for row in self.rows]
-        self.block, self.taken = block, 0
+        self.length, self.block, self.taken = length, block, 0
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         """One more step."""
         full, open_ = divmod(self.taken, self.block)
-        place = full % len(self.rows)
+        place = full % self.length
         record(self._cut[place], tensors, add=open_ > 0)
         self.taken += 1
         if 1 < self.block == open_ + 1:
@@ -62,15 +62,14 @@ class Snapshots:
         (tensor([[3.5000]]), 1.5)
         """
         full, open_ = divmod(self.taken, self.block)
-        length = len(self.rows)
-        if full + (open_ > 0) <= length:
+        if full + (open_ > 0) <= self.length:
             return self.rows[:full]
-        return self.rows.roll(-full % length, dims=0)[open_ > 0 :]
+        return self.rows.roll(-full % self.length, dims=0)[open_ > 0 :]
 
     @property
     def steps(self) -> int:
         """How many steps a full window is made from."""
-        return self.block * len(self.rows)
+        return self.block * self.length
 
     @property
     def age(self) -> float:
