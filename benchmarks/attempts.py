@@ -89,9 +89,9 @@ def attempt(task: Task, number: int, attempts: int, counts: Counter[str]) -> Non
     def again(jump: koopt.Jump) -> None:
         """Also after a failure the next attempt is made in a cycle."""
         counts["along secants"] += jump.forecaster == "secants"
-        if koop._schedule.due > koop.steps + CYCLE:
-            koop._schedule.succeed(koop.steps)
-        koop._schedule.follow(koop.steps)
+        if koop._attempts.schedule.due > koop.steps + CYCLE:
+            koop._attempts.schedule.succeed(koop.steps)
+        koop._attempts.schedule.follow(koop.steps)
 
     koop.on_jump(again)
     done = counts["attempts"] + attempts

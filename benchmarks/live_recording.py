@@ -100,10 +100,13 @@ def overhead(
     if mode != "nothing":
         koop = koopt.attach(run.optimizer, run.model, None if mode == "forecast" else guard, mode, history=history)
     if koop is not None and not refused:  # no attempts are made: they succeed, or are refused as noise
-        then = koop._schedule.look_again if mode == "auto" else functools.partial(koop._schedule.succeed, secants=True)
-        vain = koop._schedule.in_vain if mode == "auto" else then
-        koop._jump = lambda allowed: then(koop.steps)  # type: ignore[assignment]  # in the place of attempts
-        koop._follow = lambda held: vain(koop.steps) or record(Found("not tried"), koop.steps, 0, 0.0)
+        attempts = koop._attempts
+        if attempts is not None:
+            schedule = attempts.schedule
+            then = schedule.look_again if mode == "auto" else functools.partial(schedule.succeed, secants=True)
+            vain = schedule.in_vain if mode == "auto" else then
+            attempts._jump = lambda steps, allowed: then(steps)  # type: ignore[assignment]  # in the place of attempts
+            attempts._follow = lambda held, steps: vain(steps) or record(Found("not tried"), steps, 0, 0.0)
     pairs = []
     for block in range(steps // BLOCK):
         if block % 2:
@@ -124,7 +127,7 @@ def parts(sizes: tuple[int, ...], batch: int, device: str) -> dict[str, tuple[fl
     median_seconds = functools.partial(median_of, place[1])
     run.seconds(200)
     parameters = list(run.model.parameters())
-    tail, means = Snapshots(parameters, 30, *place, block=2), BlockMeans(parameters, 30, *place)
+    tail, means = Snapshots(parameters, 30, *place), BlockMeans(parameters, 30, *place)
     for _ in range(94):
         run.step()
         tail.add(parameters)

@@ -62,7 +62,7 @@ class Moments:
         self._policy, self._most = settings.momentum, settings.cycle
         self._ages = settings.second_moments == "age"
         held = [local(parameter) for parameter in parameters]
-        combine = settings.snapshots > settings.rows
+        combine = settings.momentum == "combine"
         place = (settings.dtype, settings.device)
         self._first = Snapshots(held, settings.rows, *place) if combine else None
 

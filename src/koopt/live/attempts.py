@@ -1,0 +1,283 @@
+"""When a live run tries to move its weights ahead, from which recorded steps, and what it learns from each attempt."""
+
+from __future__ import annotations
+
+import logging
+import time
+from itertools import compress
+from typing import TYPE_CHECKING, Any
+
+from koopt import distributed
+from koopt.live import records, secants
+from koopt.live.budget import ADVANCE, ENOUGH, MOST, SNAPSHOT, TRIES, Costs, Schedule
+from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, block_after, displaced, paired, smooth, unpaired
+from koopt.live.jumps import TOLERANCE, Found, disagreement, follow, search
+from koopt.live.moments import Moments
+from koopt.live.preconditioning import by_matrices
+from koopt.live.refreshing import write_buffers
+from koopt.live.skipping import frozen, moving
+from koopt.live.window import BlockMeans, Snapshots, cut, flattened, nbytes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+    from torch import Tensor, nn
+
+    from koopt.exchange import Ranks
+    from koopt.live.judging import Judge
+    from koopt.live.jumps import Jump
+    from koopt.live.settings import Settings
+    from koopt.live.weights import Weights
+
+ALWAYS = 4  # steps along secants before each of which it is asked whether gradients are noise
+PRECONDITIONED = 'preconditioner: the optimizer holds matrices, and jumps do it harm; mode="jump" jumps all the same'
+RECORDED = 8  # points before a step along secants, where they are not tried again and again
+SCHEDULED = ("due", "wait", "began", "noisy", "spent", "following", "vain", "proven", "tries")
+log = logging.getLogger("koopt")
+
+
+class Attempts:
+    """Moves the weights of a live run ahead, from the steps that it records, where and when it pays.
+
+    Args:
+        optimizer: that trains the weights.
+        model: in which they are.
+        weights: the trained ones.
+        judge: their guard.
+        means: averages of the weights, of no use across a jump; None where there are none.
+        settings: what was asked for.
+        ranks: the processes that hold other parts of the weights.
+
+    Attributes:
+        tail: the steps recorded for the next attempt.
+        schedule: when that is due.
+        secants: of weights and gradients; None where none are asked for.
+        jumps: the records of attempts, the oldest first.
+        callbacks: each is given every record.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        weights: Weights,
+        judge: Judge,
+        means: BlockMeans | None,
+        settings: Settings,
+        ranks: Ranks | None,
+    ) -> None:
+        self._optimizer, self._model, self._weights, self._judge = optimizer, model, weights, judge
+        self._means, self._settings, self._ranks = means, settings, ranks
+        recorded, place = weights.parameters, (settings.dtype, settings.device)
+        self.tail = Snapshots(recorded, settings.rows, *place)
+        self._moments = Moments(optimizer, list(weights.named.values()), settings, ranks)
+        self.secants = secants.Secants(recorded, settings.history, *place) if settings.history else None
+        whole = list(weights.named.values())  # so that all processes have the same schedule, however many they are
+        window = nbytes_of(whole, settings.rows, 0, settings.dtype)
+        pairs = secants.nbytes_of(whole, settings.history, settings.dtype)
+        costs = Costs.of(sum(parameter.nbytes for parameter in whole), window, pairs)
+        self.schedule = Schedule(settings.cycle, settings.max_overhead, costs, settings.tail)
+        if self.secants is not None:
+            self.schedule.follow(0)
+        self._snapshot = SNAPSHOT * settings.snapshots / settings.rows  # what a step costs to record
+        self._block = 1  # steps whose mean is a snapshot, in the next window
+        self._choice = Choice()
+        self.jumps: list[Jump] = []
+        self.callbacks: list[Callable[[Jump], object]] = []
+
+    @property
+    def parts(self) -> dict[str, Snapshots | secants.Secants]:
+        """What is recorded, by name."""
+        beside = {} if self.secants is None else {"secants": self.secants}
+        return {"snapshots": self.tail} | beside | self._moments.parts
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but what is recorded."""
+        return {name: getattr(self.schedule, name) for name in SCHEDULED} | {"choice": self._choice.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any], jumps: list[Jump]) -> None:
+        """Take over a :meth:`state_dict` and the records, once what is recorded has been taken over."""
+        for name in SCHEDULED:
+            setattr(self.schedule, name, state[name])
+        self._choice.load_state_dict(state["choice"])
+        self._block, self.jumps = self.tail.block, jumps
+
+    def before(self, step: int) -> None:
+        """The optimizer is about to take a step."""
+        if self.secants is not None and self._at_point(step):
+            self.secants.begin(self._weights.values)
+
+    def after(self, steps: int) -> None:
+        """The optimizer has taken a step: record it, and make the attempt that is due."""
+        if self.secants is not None and self._toward_step(self.secants, steps):
+            return
+        left = self.schedule.due - steps
+        if left < self.tail.steps:
+            self._toward_jump(steps, left)
+
+    def now(self, steps: int) -> Jump:
+        """Make an attempt from the recent steps that are recorded, or else along the secants."""
+        self._weights.require_free()
+        if self.secants is not None and self.secants.pairs and not self.tail.taken:
+            return self._follow(self.secants, steps)
+        return self._jump(steps, MOST)
+
+    def _at_point(self, step: int) -> bool:
+        """Whether a step is one whose gradient is recorded for the step along secants that is due."""
+        left = self.schedule.following - step
+        return 0 <= left < RECORDED * secants.EVERY and left % secants.EVERY == 0
+
+    def _toward_step(self, held: secants.Secants, steps: int) -> bool:
+        """Record gradients before the step along secants that is due, and take it; whether the weights were moved."""
+        schedule = self.schedule
+        if not self._at_point(steps):
+            return False
+        held.end(secants.gradients(list(self._weights.named.values())))
+        schedule.spent += 2 * SNAPSHOT
+        if steps < schedule.following:
+            return False
+        most = TRIES + 2 * self._doubtful() + (self._judge.refresh is not None)  # evaluations
+        if schedule.allowed(steps + ADVANCE, schedule.costs.secants) < most:
+            schedule.postpone(steps)
+            return False
+        return self._follow(held, steps).accepted
+
+    def _doubtful(self) -> bool:
+        """Whether it is asked if gradients are noise: rarer and rarer, as what is smooth seldom turns noisy."""
+        tries = self.schedule.tries + 1
+        return self._settings.mode == "auto" and (tries <= ALWAYS or tries & (tries - 1) == 0)
+
+    def _toward_jump(self, steps: int, left: int) -> None:
+        """Record the last steps before the attempt that is due in `left`, and make it, as far as the budget allows."""
+        schedule, tail = self.schedule, self.tail
+        if left == tail.steps - 1 and not schedule.afford(tail.steps * self._snapshot):
+            if not self.jumps or not self.jumps[-1].reason.startswith("budget"):
+                why = f"budget: max_overhead={schedule.max_overhead:g} does not allow {ENOUGH} evaluations yet"
+                self._tell(records.record(Found(why), steps, evaluations=0, seconds=0.0))
+            return
+        tail.add(self._weights.values)
+        self._moments.record()
+        schedule.spent += self._snapshot
+        if left <= 0:
+            self._jump(steps, schedule.allowed(steps))
+
+    def _jump(self, steps: int, allowed: int) -> Jump:
+        """Try the families of candidates on the recorded steps."""
+        self._weights.require_free()
+        self.schedule.start(steps)
+        snapshots = self.tail.ordered()
+        moved = distributed.union(moving(self._optimizer, snapshots), len(snapshots), self._ranks)
+        window = snapshots[moved] if len(moved) < len(snapshots) else snapshots
+        try:
+            jump = self._try(lambda: self._attempt(window, steps, allowed), steps, moved)
+        finally:
+            self._forget()
+        if jump.accepted:
+            self.schedule.succeed(steps, self.secants is not None)
+        return self._tell(jump)
+
+    def _follow(self, held: secants.Secants, steps: int) -> Jump:
+        """Try a step along the secants; what one costs that is better is not counted against the budget."""
+        self._weights.require_free()
+        schedule, spent = self.schedule, self.schedule.spent
+        schedule.in_vain(steps)  # until it has proved not to be
+        jump = self._try(lambda: self._attempt_along(held), steps)
+        if jump.accepted:
+            self._forget()
+            schedule.spent, schedule.proven = spent, True
+            schedule.follow(steps)
+        return self._tell(jump)
+
+    def _tell(self, jump: Jump) -> Jump:
+        """Keep the record of an attempt, and pass it on."""
+        self.jumps.append(jump)
+        log.log(logging.INFO if jump.accepted else logging.DEBUG, "%s", jump)
+        for callback in self.callbacks:
+            callback(jump)
+        return jump
+
+    def _forget(self) -> None:
+        """The recorded steps are used, or lie before a jump."""
+        self.tail.clear(self._block)
+        self._moments.clear(self._block)
+
+    def _try(
+        self,
+        attempt: Callable[[], tuple[Found, Mapping[str, Tensor]]],
+        steps: int,
+        moved: Sequence[int] | None = None,
+    ) -> Jump:
+        """Make an attempt, and move the weights if it is to be; the record of it."""
+        started, judge, schedule = time.perf_counter(), self._judge, self.schedule
+        judge.evaluations = 0
+        against = distributed.unlike(steps, self._weights.named.values(), self._ranks)
+        if not against and self._settings.mode == "auto" and by_matrices(self._optimizer, self._ranks):
+            against = PRECONDITIONED
+        try:
+            found, buffers = (Found(against), {}) if against else attempt()
+        finally:
+            schedule.spent += judge.evaluations * schedule.costs.candidate
+        if found.weights is not None:
+            self._weights.write(found.weights)
+            write_buffers(self._model, buffers)
+            distributed.settle(self._weights.named.values(), self._ranks)
+            self._moments.follow(found, moved)
+            if self._means is not None:
+                self._means.clear()
+        return records.record(found, steps, judge.evaluations, time.perf_counter() - started)
+
+    def _attempt(self, snapshots: Tensor, steps: int, allowed: int) -> tuple[Found, Mapping[str, Tensor]]:
+        """What is best, and with which buffers, where they were renewed; the weights are as before."""
+        if len(snapshots) < FEWEST:
+            there, needed = (self._block * rows for rows in (len(snapshots), FEWEST))
+            return Found(f"too few snapshots: {there} recent steps are recorded, {needed} are needed"), {}
+        extra = 1 if self._judge.refresh is None else 2  # evaluations that try no candidate
+        if allowed <= extra:
+            return Found(f"budget: max_overhead={self._settings.max_overhead:g} allows no candidate yet"), {}
+        still = frozen(self._optimizer, self._weights.named.values())
+        places = zip(cut(snapshots, self._weights.parameters), self._weights.values, strict=True)
+        for place, value in compress(places, still):
+            place.copy_(value)
+        halvings, rough = smooth(snapshots, self._ranks)
+        block, self._block = self._block, min(block_after(self._block, halvings, rough), self._settings.block)
+        if rough > NOISE and self._settings.mode == "auto":
+            self.schedule.look_again(steps)
+            return Found(f"noise: one snapshot ahead a forecast misses {rough:.2g} of an increment"), {}
+        self.schedule.spent += self.schedule.costs.fit
+        recorded, size = len(snapshots), 2**halvings
+        for _ in range(halvings):
+            snapshots = paired(snapshots)
+        proposer = Proposer(snapshots, self._ranks, block * size)
+        if not bool(proposer.path.isfinite().all()):
+            return Found("the recorded weights hold NaN or Inf"), {}
+        displacements = displaced(snapshots, flattened(self._weights.values, snapshots))
+        choice, count = self._choice, allowed - extra
+
+        def searching(saved: Sequence[Tensor], before: float) -> Found:
+            found = search(proposer, displacements, choice, saved, before, count, self._judge.loss)
+            if found.coefficients is None:
+                return found
+            return found._replace(coefficients=unpaired(found.coefficients, size, recorded))
+
+        return self._judge.best(searching)
+
+    def _attempt_along(self, held: secants.Secants) -> tuple[Found, Mapping[str, Tensor]]:
+        self.schedule.spent += self.schedule.costs.secants
+        step = secants.newton(held, secants.adaptive(self._optimizer, list(self._weights.named.values())), self._ranks)
+        if step is None:
+            return Found(f"secants: none of {held.pairs} tells of a minimum"), {}
+        still = frozen(self._optimizer, self._weights.named.values())
+        if any(still):
+            step = secants.held_back(step, held.gradient, self._weights.values, still, self._ranks)
+        asked = self._doubtful()
+        self.schedule.tries += 1
+
+        def searching(saved: Sequence[Tensor], before: float) -> Found:
+            if asked:
+                off = disagreement(step, saved, self._judge.loss, self._ranks)
+                if not off <= TOLERANCE:
+                    return Found(f"noise: the guard's slope is off that of the gradients by {off:.2g} of it", before)
+            return follow(step, saved, before, TRIES - 1, self._judge.loss, self._ranks)
+
+        return self._judge.best(searching)
