@@ -4,8 +4,8 @@
     python benchmarks/drift_and_noise.py mnist-mlp --seeds 2000
 
 Training is left alone. At a quarter, half, three quarters and the end of a run, medians over the seeds:
-roughness  how badly the next increment of the weights is forecast, in means of two of the last 60 steps, or of four or
-           eight where these are smoother; mode "auto" jumps up to 0.3
+roughness  how badly the next increment of the weights is forecast, in the last 30 steps, in means of two of the last
+           60, or in means of more of either where these are smoother; mode "auto" jumps up to 0.3
 drift      how far the means of the older and the newer half of the run are apart, over the scatter of the block means
            about the line through them
 excess     how much higher the guard's loss is at the weights now than at their mean over the last eighth of the run
@@ -81,7 +81,8 @@ def signs(task: Task, seed: int, attached: bool) -> list[dict[str, float]]:
         guard = lambda: loss_at(problem, parameters)  # noqa: E731 - one line, given to one call
         koop = koopt.attach(optimizer, problem.model, guard)
     place = (parameters[0].dtype, parameters[0].device)
-    tail, means = Snapshots(parameters, 30, *place, block=2), BlockMeans(parameters, 56, *place)
+    tails = [Snapshots(parameters, 30, *place, block) for block in (1, 2)]
+    means = BlockMeans(parameters, 56, *place)
     looks = [round(share * task.steps) for share in SHARES]
     found = []
     for step in range(1, task.steps + 1):
@@ -91,8 +92,8 @@ def signs(task: Task, seed: int, attached: bool) -> list[dict[str, float]]:
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-        tail.add(parameters)
-        means.add(parameters)
+        for part in (*tails, means):
+            part.add(parameters)
         if step not in looks:
             continue
         rows = means.with_open()
@@ -104,7 +105,8 @@ def signs(task: Task, seed: int, attached: bool) -> list[dict[str, float]]:
         least = loss_at(problem, average)
         if koop is None:
             now = loss_at(problem, [p.detach() for p in parameters])
-            found.append({"roughness": smooth(tail.ordered())[1], "drift": drift(rows), "excess": now / least - 1})
+            rough = min(smooth(tail.ordered())[1] for tail in tails)
+            found.append({"roughness": rough, "drift": drift(rows), "excess": now / least - 1})
         else:
             tried = [jump for jump in koop.jumps if not jump.reason.startswith("budget")]
             accepted = statistics.mean(jump.accepted for jump in tried) if tried else 0.0
