@@ -158,13 +158,13 @@ def inner_of_rows(
 ) -> Float[Tensor, " *batch"]:
     """The inner product of each pair of rows, accumulated in float64, chunk by chunk.
 
-    On the CPU chunks of float32 and less are multiplied in float32, to some 7 digits of the product of the norms: to
+    On the CPU long rows of float32 and less are multiplied in float32, to some 7 digits of the product of the norms: to
     make float64 of them first takes 5 to 50 times as long, since its memory is taken and given back each time.
 
     >>> inner_of_rows(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 1.0]]))
     tensor([7.], dtype=torch.float64)
     """
-    if left.is_cpu and left.dtype.itemsize <= 4:
+    if left.is_cpu and left.dtype.itemsize <= 4 and left.shape[-1] > CHUNK // 4:
         flat = [rows.reshape(-1, rows.shape[-1]) for rows in (left, right)]
         sums = [math.fsum(_dots(*pair)) for pair in zip(*flat, strict=True)]
         return torch.tensor(sums, dtype=torch.float64, device=left.device).view(left.shape[:-1])
