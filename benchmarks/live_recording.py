@@ -99,14 +99,13 @@ def overhead(
     koop = None
     if mode != "nothing":
         koop = koopt.attach(run.optimizer, run.model, None if mode == "forecast" else guard, mode, history=history)
-    if koop is not None and not refused:  # no attempts are made: they succeed, or are refused as noise
-        attempts = koop._attempts
-        if attempts is not None:
-            schedule = attempts.schedule
-            then = schedule.look_again if mode == "auto" else functools.partial(schedule.succeed, secants=True)
-            vain = schedule.in_vain if mode == "auto" else then
-            attempts._jump = lambda steps, allowed: then(steps)  # type: ignore[assignment]  # in the place of attempts
-            attempts._follow = lambda held, steps: vain(steps) or record(Found("not tried"), steps, 0, 0.0)
+    attempts = None if koop is None or refused else koop._attempts
+    if attempts is not None:  # none are made: they succeed, or are refused as noise
+        schedule = attempts.schedule
+        then = schedule.look_again if mode == "auto" else functools.partial(schedule.succeed, secants=True)
+        vain = schedule.in_vain if mode == "auto" else then
+        attempts._jump = lambda steps, allowed: then(steps)  # type: ignore[assignment]  # in the place of attempts
+        attempts._follow = lambda held, steps: vain(steps) or record(Found("not tried"), steps, 0, 0.0)
     pairs = []
     for block in range(steps // BLOCK):
         if block % 2:
