@@ -265,12 +265,13 @@ def test_cuda():
 
 @pytest.mark.usefixtures("_chunked")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_inner_products_of_rows_in_float64(dtype):
-    left, right = (300 * normal(seed, 3, 700, dtype=dtype) for seed in (0, 1))
-    expected = (left.double() * right.double()).sum(dim=-1)
-    norms = left.double().norm(dim=-1) * right.double().norm(dim=-1)
+@pytest.mark.parametrize("size", [30, 700])
+def test_products_of_rows(size, dtype):
+    left, right = (300 * normal(seed, count, size, dtype=dtype) for seed, count in ((0, 3), (1, 4)))
+    expected = left.double() @ right.double().T
+    norms = left.double().norm(dim=1)[:, None] * right.double().norm(dim=1)
     within = 1e-14 if dtype == torch.float64 else 3e-7  # of the product of the norms, as float32 has digits
-    assert ((linalg.inner_of_rows(left, right) - expected).abs() <= within * norms).all()
+    assert ((linalg.products(left, right) - expected).abs() <= within * norms).all()
 
 
 def test_what_is_finite_though_its_sum_is_not():

@@ -110,6 +110,7 @@ def test_the_handle_is_stateful_for_distributed_checkpoints(tmp_path):
             r"state\['means'\]\['rows'\]\['0.weight'\] is \(\(2, 2\), torch.float32",
         ),
         (lambda s: s.update(steps=-1), r"state\['steps'\] is -1, expected int >= 0"),
+        (lambda s: s["means"].update(block=0), r"state\['means'\]\['block'\] is 0, expected int >= 1"),
         (lambda s: s["attempts"]["choice"].update(gains=[0.0]), r"\['choice'\]\['gains'\] does not fit this version"),
         (lambda s: s.update(jumps='[{"step": 3}]'), r"state\['jumps'\] is .*, expected the records of jumps as JSON"),
     ],

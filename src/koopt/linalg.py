@@ -153,31 +153,25 @@ def inner(
     return total
 
 
-def inner_of_rows(
-    left: Float[Tensor, "*batch state"], right: Float[Tensor, "*batch state"]
-) -> Float[Tensor, " *batch"]:
-    """The inner product of each pair of rows, accumulated in float64, chunk by chunk.
+def products(left: Float[Tensor, "m state"], right: Float[Tensor, "k state"]) -> Float[Tensor, "m k"]:
+    """``left right^T`` accumulated in float64, chunk by chunk.
 
     On the CPU long rows of float32 and less are multiplied in float32, to some 7 digits of the product of the norms: to
-    make float64 of them first takes 5 to 50 times as long, since its memory is taken and given back each time.
+    make float64 of them first takes longer than the product.
 
-    >>> inner_of_rows(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 1.0]]))
-    tensor([7.], dtype=torch.float64)
+    >>> products(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 1.0], [2.0, 0.0]]))
+    tensor([[7., 6.]], dtype=torch.float64)
     """
-    if left.is_cpu and left.dtype.itemsize <= 4 and left.shape[-1] > CHUNK // 4:
-        flat = [rows.reshape(-1, rows.shape[-1]) for rows in (left, right)]
-        sums = [math.fsum(_dots(*pair)) for pair in zip(*flat, strict=True)]
-        return torch.tensor(sums, dtype=torch.float64, device=left.device).view(left.shape[:-1])
-    total = torch.zeros(left.shape[:-1], dtype=torch.float64, device=left.device)
-    for piece, part in zip(_pieces(left, WIDE_CHUNK), _pieces(right, WIDE_CHUNK), strict=True):
-        total += torch.einsum("...i,...i->...", piece, part)
+    dtype = torch.float32 if _in_float32(left) and _in_float32(right) else torch.float64
+    width, total = _width(left), torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
+    for piece, part in zip(left.split(width, dim=1), right.split(width, dim=1), strict=True):
+        total += piece.to(dtype) @ part.to(dtype).T
     return total
 
 
-def _dots(left: Tensor, right: Tensor) -> Iterator[float]:
-    """The inner products of the chunks of two vectors, in float32."""
-    for piece, part in zip(left.split(WIDE_CHUNK), right.split(WIDE_CHUNK), strict=True):
-        yield torch.dot(piece.float(), part.float()).item()
+def _in_float32(rows: Tensor) -> bool:
+    """Whether rows are long, and no finer than float32, so that they are multiplied as they are."""
+    return rows.is_cpu and rows.dtype.itemsize <= 4 and rows.shape[-1] > CHUNK // 4
 
 
 def _width(rows: Tensor) -> int:

@@ -41,17 +41,29 @@ def norm(vector: Float[Tensor, " state"], ranks: Ranks | None) -> float:
     return gram(vector[None], ranks).sqrt().item()
 
 
-def inner(
-    left: Float[Tensor, "time state"], right: Float[Tensor, "time state"], ranks: Ranks | None
-) -> Float[Tensor, " time"]:
-    """The inner product of each pair of rows, over all processes, in float64 on the CPU.
+def norms(rows: Float[Tensor, "time state"], ranks: Ranks | None) -> Float[Tensor, " time"]:
+    """The norm of each row, over all processes, in the precision of the rows.
 
-    >>> inner(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 1.0]]), None)
-    tensor([7.], dtype=torch.float64)
+    >>> norms(torch.tensor([[3.0, 4.0]]), None)
+    tensor([5.], dtype=torch.float64)
     """
     if ranks is None:
-        return linalg.inner_of_rows(left, right).cpu()
-    own = [linalg.inner_of_rows(left[:, part], right[:, part]) for part in ranks.owned]
+        return torch.linalg.vector_norm(rows, dim=1).cpu().to(torch.float64)
+    own = [torch.linalg.vector_norm(rows[:, part], dim=1).to(torch.float64).square() for part in ranks.owned]
+    return all_reduce(torch.stack(own).sum(dim=0).cpu(), ranks).sqrt()
+
+
+def products(
+    left: Float[Tensor, "m state"], right: Float[Tensor, "k state"], ranks: Ranks | None
+) -> Float[Tensor, "m k"]:
+    """:func:`linalg.products` over the columns of all processes, on the CPU.
+
+    >>> products(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 1.0]]), None)
+    tensor([[7.]], dtype=torch.float64)
+    """
+    if ranks is None:
+        return linalg.products(left, right).cpu()
+    own = [linalg.products(left[:, part], right[:, part]) for part in ranks.owned]
     return all_reduce(torch.stack(own).sum(dim=0).cpu(), ranks)
 
 
@@ -61,7 +73,7 @@ def dot(left: Float[Tensor, " state"], right: Float[Tensor, " state"], ranks: Ra
     >>> dot(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 1.0]), None)
     7.0
     """
-    return inner(left[None], right[None], ranks).item()
+    return products(left[None], right[None], ranks).item()
 
 
 def triangular_factor(rows: Float[Tensor, "time state"], ranks: Ranks | None) -> Float[Tensor, "time rank"]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from koopt.live.settings import Settings
 
 ASK = "pass what state_dict() returned"
+POSITIVE = ("block", "wait")  # counts that are never 0
 
 
 def compared(settings: Settings, named: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -69,20 +70,20 @@ def _difference(name: str, given: Any, own: Any) -> str:
     return f"recorded with {name}={given!r}, this run has {name}={own!r}"
 
 
-def _require_like(given: Any, own: Any, where: str) -> None:
+def _require_like(given: Any, own: Any, where: str, least: int = 0) -> None:
     """The same keys, shapes, dtypes and kinds of numbers."""
     if isinstance(own, dict):
         if not hasattr(given, "keys") or given.keys() != own.keys():
             found = sorted(map(str, given)) if hasattr(given, "keys") else type(given).__name__
             raise ValueError(f"{where} has {found}, expected {sorted(own)}; {ASK}")
         for name, value in own.items():
-            _require_like(given[name], value, f"{where}[{name!r}]")
+            _require_like(given[name], value, f"{where}[{name!r}]", least=int(name in POSITIVE))
     elif isinstance(own, torch.Tensor):
         found = (tuple(given.shape), given.dtype) if isinstance(given, torch.Tensor) else type(given).__name__
         if found != (tuple(own.shape), own.dtype):
             raise ValueError(f"{where} is {found}, expected {(tuple(own.shape), own.dtype)}; {ASK}")
     elif isinstance(own, (int, float)):
-        if type(given) is not type(own) or not 0 <= given < math.inf:
-            raise ValueError(f"{where} is {given!r}, expected {type(own).__name__} >= 0; {ASK}")
+        if type(given) is not type(own) or not least <= given < math.inf:
+            raise ValueError(f"{where} is {given!r}, expected {type(own).__name__} >= {least}; {ASK}")
     elif isinstance(own, list) and (not isinstance(given, list) or len(given) != len(own)):  # one number a family
         raise ValueError(f"{where} does not fit this version of koopt; {ASK}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from koopt import reductions
+from koopt import linalg, reductions
 from koopt.live.window import cut, record
 from koopt.sharding import local
 
@@ -202,8 +201,9 @@ def newton(secants: Secants, diagonal: Tensor | None = None, ranks: Ranks | None
     Returns:
         None where no pair tells of a minimum, or it is not finite.
 
-    Source: Nocedal (1980), the two-loop recursion; for a quadratic loss the generator of the flow's Koopman operator on
-    the weights is minus the Hessian, whose action on the recorded span the pairs are.
+    Source: Nocedal (1980), the two-loop recursion, whose loops are substitutions with the products of steps and changes
+    (Byrd, Nocedal & Schnabel, 1994), so that the pairs are gone through all at once; for a quadratic loss the generator
+    of the flow's Koopman operator on the weights is minus the Hessian, whose action on the recorded span the pairs are.
 
     >>> secants = Secants([torch.zeros(1)], 2, torch.float64, torch.device("cpu"))
     >>> for weight in (4.0, 3.0):
@@ -212,28 +212,42 @@ def newton(secants: Secants, diagonal: Tensor | None = None, ranks: Ranks | None
     >>> newton(secants).direction
     tensor([-3.], dtype=torch.float64)
     """
-    finer = secants.weights.dtype
+    finer, gradient = secants.weights.dtype, secants.gradient
     steps, changes = (rows[: secants.pairs] for rows in (secants.steps, secants.changes))
     if not secants.pairs:
         return None
-    curved = reductions.inner(steps, changes, ranks).tolist()
-    sizes = (reductions.inner(steps, steps, ranks) * reductions.inner(changes, changes, ranks)).sqrt().tolist()
-    kept = [i for i in secants.order() if math.isfinite(curved[i]) and curved[i] > CONVEX * sizes[i]]
+    bends = reductions.products(steps, changes, ranks)
+    curved, least = bends.diagonal(), CONVEX * reductions.norms(steps, ranks) * reductions.norms(changes, ranks)
+    convex = (curved.isfinite() & (curved > least)).tolist()
+    kept = [i for i in secants.order() if convex[i]]
     if not kept:
         return None
+    newest = changes[kept[-1]].to(finer)
     if diagonal is None:
         recent = kept[-RECENT:]
         moved, turned = (torch.linalg.vector_norm(rows[recent], dim=0, dtype=finer) for rows in (steps, changes))
         diagonal = torch.where(turned > 0, moved / turned.clamp_min(torch.finfo(finer).tiny), 0.0)
-    diagonal = diagonal.to(secants.gradient.device, finer)
-    found, shares = -secants.gradient, list[float]()
-    for i in reversed(kept):
-        shares.append(reductions.dot(steps[i].to(finer), found, ranks) / curved[i])
-        found.sub_(changes[i], alpha=shares[-1])
-    newest = changes[kept[-1]].to(finer)
-    scale = curved[kept[-1]] / reductions.dot(newest, diagonal * newest, ranks)
-    found.mul_(diagonal).mul_(scale)
-    for i, share in zip(kept, reversed(shares), strict=True):
-        rest = share - reductions.dot(changes[i].to(finer), found, ranks) / curved[i]
-        found.add_(steps[i], alpha=rest)
-    return Step(secants.weights, found, len(kept), reductions.dot(secants.gradient, found, ranks))
+    diagonal = diagonal.to(gradient.device, finer)
+    steps, changes = (rows if len(kept) == len(rows) else rows[kept] for rows in (steps, changes))
+    order = kept if len(kept) == secants.pairs else range(len(kept))  # of the rows in time
+    curved, bends = curved[kept], bends[kept][:, kept].triu()  # with the changes that came later
+    shares = _solved(bends, -reductions.products(steps, gradient[None], ranks).squeeze(1)[order])
+    found = -gradient - _summed(shares, changes, order)
+    found.mul_(diagonal).mul_((curved[-1] / reductions.dot(newest, diagonal * newest, ranks)).item())
+    turned = reductions.products(changes, found[None], ranks).squeeze(1)[order]
+    found += _summed(_solved(bends.T, curved * shares - turned, upper=False), steps, order)
+    return Step(secants.weights, found, len(kept), reductions.dot(gradient, found, ranks))
+
+
+def _solved(triangle: Tensor, right: Tensor, upper: bool = True) -> Tensor:
+    """One of the two loops, as a substitution."""
+    return torch.linalg.solve_triangular(triangle, right[:, None], upper=upper).squeeze(1)
+
+
+def _summed(shares: Tensor, rows: Tensor, order: Sequence[int]) -> Tensor:
+    """Rows times shares that are in the order of time."""
+    placed = torch.empty_like(shares)
+    placed[order] = shares
+    if rows.dtype.itemsize < torch.float32.itemsize:
+        return linalg.combine(placed.to(rows.device), rows, torch.float32)
+    return placed.to(rows) @ rows  # without float64 copies of the pairs

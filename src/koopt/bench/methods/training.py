@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 OPTIMIZERS = {  # with torch's defaults, and the usual momentum of SGD
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
 }
 BETA1 = 0.9  # torch's
