@@ -1,0 +1,84 @@
+"""The tasks of benchmarks/unseen.py, and what it makes of their runs."""
+
+import hashlib
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from digits import write as write_digits
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import unseen
+from unseen_report import STANDS, TUNED, draw, markdown
+from unseen_tasks import FULL, NOISY
+
+from koopt import plot
+from koopt.bench.trials import Trials
+from koopt.experiments import data
+
+TASKS = {task.name: task for task in (*FULL, *NOISY)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def made_up(tmp_path_factory):
+    """Digits and a text, as many as the tasks take."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("data")
+        write_digits(folder, patch, train=20_600)
+        text = "".join(np.random.default_rng(0).choice(list("abcde"), 300_000)).encode()
+        (folder / "tinyshakespeare").mkdir()
+        (folder / "tinyshakespeare" / "input.txt").write_bytes(text)
+        patch.setattr(data, "SHAKESPEARE_MD5", hashlib.md5(text).hexdigest())
+        yield
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_made_by_its_seed_and_its_losses_are_sound(name):
+    task = TASKS[name]
+    one, again, other = (task.problem(seed, True) for seed in (0, 0, 1))
+    weights = [[p.detach().clone() for p in problem.model.parameters()] for problem in (one, again, other)]
+    assert all(a.equal(b) for a, b in zip(weights[0], weights[1], strict=True))
+    assert not all(a.equal(b) for a, b in zip(weights[0], weights[2], strict=True))
+    loss = one.loss(one.batch())
+    loss.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in one.model.parameters())
+    assert math.isfinite(loss.item())
+    assert one.validate() == one.validate()
+    if task.full_batch:
+        assert (
+            float(one.guard().detach())
+            == pytest.approx(loss.item(), rel=1e-5)
+            == pytest.approx(one.validate(), rel=1e-5)
+        )
+
+
+def few_steps(name, folder):
+    task = replace(TASKS[name], steps=40, looks=4, rates=TASKS[name].rates[:2])
+    trials = Trials(task, folder / name)
+    trials.make(unseen.wanted_of(task, range(2)), name, lambda *_: None)
+    if task.full_batch:
+        best = [unseen.tuned(method, task, trials) for method in unseen.COMPARED[TUNED]]
+        trials.make([(way, seed) for way in best for seed in range(2)], name, lambda *_: None)
+    assert not trials.failed
+    return task, trials
+
+
+def test_rows_tables_and_the_figure(tmp_path):
+    rows = unseen.full_rows(*few_steps("quadratic", tmp_path), range(2))
+    found = {(row["rate_is"], row["method"]): row for row in rows}
+    plain, own = found[STANDS, "the optimizer"], found[STANDS, "koopt"]
+    assert plain["final_ratio"] == 1 >= plain["share"] > 0.8
+    assert (own["final_ratio"], own["share"], own["worse"]) == (1, plain["share"], 0)  # no attempt in so few steps
+    assert found[TUNED, "L-BFGS"]["share"] < 1
+    assert found[TUNED, "the optimizer"]["setting"].startswith("optimizer sgd, rate 0.1")  # the lower loss of both
+    noisy = unseen.noisy_rows(*few_steps("half-batches", tmp_path), range(2))
+    assert {row["method"]: row["end"] for row in noisy}["trained with koopt"] == 1
+    table = markdown(rows + noisy)
+    assert f"| `quadratic` | {own['share']:.2f} (" in table
+    assert "| `half-batches` |" in table
+    draw(rows, lambda figure: plot.save(figure, tmp_path / "unseen.png"))
+    assert (tmp_path / "unseen.png").stat().st_size > 10_000
