@@ -105,8 +105,8 @@ def draw(rows: Sequence[Row], save: Callable[[matplotlib.figure.Figure], None]) 
             f"learning rate {'as it stands in the loop' if rate == STANDS else 'of each method: the best of four'}",
             fontsize=11,
         )
-    handles, labels = axes[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
+    named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=11)
     save(figure)
 
 
