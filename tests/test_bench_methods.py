@@ -399,7 +399,7 @@ def test_beta2_is_searched_and_torchs_own_is_not_named():
 
 
 def test_unknown_names_are_refused():
-    for key, remedy in (("optimizer", "adam, adamw, sgd"), ("schedule", "constant, cosine")):
+    for key, remedy in (("optimizer", "adam, adamw, rmsprop, sgd"), ("schedule", "constant, cosine")):
         with pytest.raises(ValueError, match=f"{key} is 'none', expected one of {remedy}"):
             training.start_plain(line_problem(), {**PLAIN, key: "none"}, 10)
 
