@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from choosing_forecasts import INVERSES, MULTIPLIED_OUT, Setting, forecast, partition
-from choosing_report import draw, show, write_markdown
+from choosing_report import draw, markdown, show
 from choosing_tasks import MNIST, Regression, Task, de_solver, mnist, regression
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -256,7 +256,7 @@ def main() -> None:
     settings = {"tasks": names, "quick": given.quick, "seed": 2000, "threads": 1, "finished": finished}
     figures = draw(rows, given.output) if finished else []
     path = report.write_result(given.output, "choosing", settings, rows, figures)
-    write_markdown(rows, given.output / "tables.md")
+    report.write_text(given.output / "tables.md", markdown(rows))
     show(console, rows)
     console.print(f"wrote {given.output}: {', '.join([path.name, 'tables.md', *figures])}")
 

@@ -57,12 +57,6 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(pieces)
 
 
-def write_markdown(rows: Sequence[Row], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(markdown(rows))
-    os.replace(temporary, path)
-
-
 def _markdown_table(title: str, columns: dict[str, list[Row]], noisy: bool) -> str:
     """A line a label: T_eq/T (without noise also the error) in each task, then stability and time in the first."""
     head = [f"{task}: {'T_eq/T' if noisy else 'T_eq/T, error'}" for task in columns]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,4 +30,13 @@ def mean_shares(
         [statistics.crossing(getattr(curve, measure), curve.loss, loss) / budget for loss in aims]
         for curve, aims in zip(curves, losses, strict=True)
     ]
-    return np.exp(np.log(np.where(np.isfinite(rows), rows, MISSED)).mean(axis=0))
+    return geometric(rows)
+
+
+def geometric(shares: Sequence[Any]) -> np.ndarray:
+    """The geometric mean over the first axis; what is missed, and inf, counts `MISSED`.
+
+    >>> float(geometric([1.0, 0.25]))
+    0.5
+    """
+    return np.exp(np.log(np.where(np.isfinite(shares), shares, MISSED)).mean(axis=0))

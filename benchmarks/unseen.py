@@ -16,13 +16,12 @@ two seeds, over that of the weights as they are, at half of the run and at its e
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jump_options import nudged
-from unseen_report import CHANCE, PLAIN, STANDS, TUNED, draw, markdown, write_markdown
+from unseen_report import CHANCE, PLAIN, STANDS, TUNED, draw, markdown
 from unseen_tasks import FULL, NOISY
 
 from koopt import plot, report, terminal
@@ -30,11 +29,12 @@ from koopt.bench.method import Observer, Trainer
 from koopt.bench.methods import METHODS
 from koopt.bench.methods.training import searched
 from koopt.bench.protocol import losses_at_shares
+from koopt.bench.results import WORSE, over
 from koopt.bench.statistics import crossing, median_interval
 from koopt.bench.trials import Trials, Way
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from koopt.bench.run import Record
     from koopt.bench.task import Task
@@ -46,7 +46,6 @@ COMPARED = {  # the optimizer first; with the rate as it stands, and each with i
     TUNED: ("optimizer", "koopt", "koopt-secants", "soap", "lbfgs"),
 }
 AVERAGES = ("ema", "dema", "lawa")
-HARM = 1.02
 
 
 def trainer(name: str) -> Trainer:
@@ -70,16 +69,13 @@ def as_it_stands(name: str, task: Task) -> Way:
 
 def tuned(name: str, task: Task, trials: Trials) -> Way:
     """With the rate whose lowest losses have the lowest median on the tuning seeds."""
-
-    def typical(way: Way) -> float:
-        return float(np.median([lowest(record) for seed in TUNING if (record := trials.get(way, seed))]))
-
     ways = at_rates(name, task)
-    return ways[0] if len(ways) == 1 else min(ways, key=typical)
+    return ways[0] if len(ways) == 1 else best(ways, trials)
 
 
-def lowest(record: Record) -> float:
-    return math.inf if record.diverged else float(record.curve.loss.min())
+def best(ways: Sequence[Way], trials: Trials) -> Way:
+    """Of the lowest median final loss on the tuning seeds; of full batches that is the lowest of the run."""
+    return min(ways, key=lambda way: float(np.median([record.final for record in records(way, trials, TUNING)])))
 
 
 def full_rows(task: Task, trials: Trials, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -95,13 +91,13 @@ def full_rows(task: Task, trials: Trials, seeds: Sequence[int]) -> list[dict[str
             found = records(way, trials, seeds)
             runs = list(zip(found, plain, strict=True))
             spent = {
-                name: [crossing(getattr(own.curve, name), own.curve.loss, lowest(other)) for own, other in runs]
+                name: [crossing(getattr(own.curve, name), own.curve.loss, other.final) for own, other in runs]
                 for name in whole
             }
             shares = {name: np.divide(spent[name], whole[name]) for name in whole}
             share, low, high = median_interval(shares["cost"].tolist())
             halves = [crossing(own.curve.cost, own.curve.loss, losses_at_shares(other, task)[0]) for own, other in runs]
-            over = [lowest(own) / lowest(other) for own, other in runs]
+            ratios = [over(own, other) for own, other in runs]
             rows.append(
                 {
                     "task": task.name,
@@ -114,8 +110,8 @@ def full_rows(task: Task, trials: Trials, seeds: Sequence[int]) -> list[dict[str
                     "high": high,
                     "half": float(np.median(np.divide(halves, whole["cost"]))),
                     "cpu": float(np.median(shares["seconds"])),
-                    "final_ratio": float(np.median(over)),
-                    "worse": sum(value > HARM for value in over),
+                    "final_ratio": float(np.median(ratios)),
+                    "worse": sum(ratio > WORSE for ratio in ratios),
                 }
             )
     return rows
@@ -127,10 +123,7 @@ def noisy_rows(task: Task, trials: Trials, seeds: Sequence[int]) -> list[dict[st
     plain = ways[0]
     shown = {CHANCE: ways[1], "trained with koopt": ways[2], "**koopt**, forecast": ways[3]}
     for name in AVERAGES:
-        found = [way for way in ways if way.method == name]
-        shown[METHODS[name].title] = min(
-            found, key=lambda way: float(np.median([record.curve.loss[-1] for record in records(way, trials, TUNING)]))
-        )
+        shown[title(name)] = best([way for way in ways if way.method == name], trials)
     rows = []
     for name, way in shown.items():
         pairs = list(zip(records(way, trials, seeds), records(plain, trials, seeds), strict=True))
@@ -147,7 +140,7 @@ def records(way: Way, trials: Trials, seeds: Sequence[int]) -> list[Record]:
 
 
 def title(name: str) -> str:
-    return {"optimizer": PLAIN, "koopt": "koopt", "rounding": CHANCE}.get(name) or METHODS[name].title
+    return {"optimizer": PLAIN, "rounding": CHANCE}.get(name) or METHODS[name].title.strip("*")
 
 
 def wanted_of(task: Task, seeds: Sequence[int]) -> list[tuple[Way, int]]:
@@ -158,6 +151,14 @@ def wanted_of(task: Task, seeds: Sequence[int]) -> list[tuple[Way, int]]:
     fixed = [*(as_it_stands(name, task) for name in COMPARED[STANDS]), Way("rounding", NUDGED, plain.setting)]
     rates = [way for name in COMPARED[TUNED] if name != "lbfgs" for way in at_rates(name, task)]
     return [(way, seed) for way in fixed for seed in seeds] + [(way, seed) for way in rates for seed in TUNING]
+
+
+def make(task: Task, trials: Trials, seeds: Sequence[int], progress: Callable[[str, int, int], None]) -> None:
+    """All runs, those with the chosen rates last."""
+    trials.make(wanted_of(task, seeds), task.name, progress)
+    if task.full_batch:
+        chosen = [tuned(name, task, trials) for name in COMPARED[TUNED]]
+        trials.make([(way, seed) for way in chosen for seed in seeds], f"{task.name}, tuned", progress)
 
 
 def beside(task: Task) -> list[Way]:
@@ -189,15 +190,12 @@ def main() -> None:
     for name in given.tasks or tasks:
         task, trials = tasks[name], Trials(tasks[name], given.output / name, given.jobs)
         with terminal.progress() as progress:
-            trials.make(wanted_of(task, seeds), f"{name}", progress)
-            if task.full_batch:
-                best = [tuned(method, task, trials) for method in COMPARED[TUNED]]
-                trials.make([(way, seed) for way in best for seed in seeds], f"{name}, tuned", progress)
+            make(task, trials, seeds, progress)
         for line in trials.failed.values():
             print(line)
         rows += (full_rows if task.full_batch else noisy_rows)(task, trials, seeds)
     given.output.mkdir(parents=True, exist_ok=True)
-    write_markdown(rows, given.output / "tables.md")
+    report.write_text(given.output / "tables.md", markdown(rows))
     draw(rows, lambda figure: plot.save(figure, given.output / "unseen.png"))
     settings = {"seeds": list(seeds), "tuning seeds": list(TUNING)}
     report.write_result(given.output, "unseen", settings, rows, ["unseen.png"])

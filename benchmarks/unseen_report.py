@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.figure
-import numpy as np
+from reaching import geometric
 
-from koopt.bench.protocol import MISSED
 from koopt.plot import COLORS, INK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Mapping, Sequence
 
     from matplotlib.axes import Axes
 
@@ -57,7 +54,7 @@ def _whole(rows: Sequence[Row], rate: str) -> str:
         cells.append("; ".join(f"{row['final_ratio']:.1g}" for row in own))
         cells.append("; ".join(str(row["worse"]) for row in (*own, *(found[name] for name in found if name == CHANCE))))
         lines.append(f"| `{task}` | " + " | ".join(cells) + " |")
-    means = [number(mean([row["share"] for row in rows if row["method"] == name])) for name in methods]
+    means = [number(float(geometric([row["share"] for row in rows if row["method"] == name]))) for name in methods]
     return "\n".join([*lines, "| *geometric mean* | " + " | ".join(means) + " |" + " |" * len(ends), ""])
 
 
@@ -78,21 +75,6 @@ def _share(row: Row) -> str:
 
 def number(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "∞"
-
-
-def mean(values: Iterable[float]) -> float:
-    """Geometric; what is missed counts 1.5.
-
-    >>> mean([1.0, 0.25])
-    0.5
-    """
-    return float(np.exp(np.mean(np.log([value if math.isfinite(value) else MISSED for value in values]))))
-
-
-def write_markdown(rows: Sequence[Row], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(markdown(rows))
-    os.replace(temporary, path)
 
 
 def draw(rows: Sequence[Row], save: Callable[[matplotlib.figure.Figure], None]) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-TWO_PI = 2 * math.pi
 RATES = (1 / 3, 1.0, 3.0, 10.0)  # times the rate of the loop as it stands
 
 
@@ -73,7 +72,7 @@ def waves() -> tuple[Tensor, Tensor]:
     """Sixteen sines, each to be forecast one step ahead."""
     generator = drawn(2)
     phase, frequency = torch.rand(2, 16, 1, generator=generator)
-    series = torch.sin(TWO_PI * phase + (0.5 + frequency) * 0.3 * torch.arange(33))[..., None]
+    series = torch.sin(math.tau * phase + (0.5 + frequency) * 0.3 * torch.arange(33))[..., None]
     return series[:, :-1], series[:, 1:]
 
 
@@ -294,20 +293,29 @@ def rows_in_batches(
     network: nn.Module, rows: tuple[Tensor, ...], train: int, size: int, loss: Callable[[Any], Tensor], seed: int
 ) -> Problem:
     """The first `train` rows are trained on, the next 500 guard, the rest validate."""
+    guard = tuple(row[train : train + 500] for row in rows)
+    return in_batches(network, batches(rows, train, size, seed), loss, guard, tuple(row[train + 500 :] for row in rows))
+
+
+def batches(rows: tuple[Tensor, ...], train: int, size: int, seed: int) -> Callable[[], tuple[Tensor, ...]]:
+    """Gives the next batch of the first `train` rows."""
     order = making.shuffled(train, size, seed)
 
     def batch() -> tuple[Tensor, ...]:
         index = next(order)
         return tuple(row[index] for row in rows)
 
-    guard = tuple(row[train : train + 500] for row in rows)
-    return in_batches(network, batch, loss, guard, tuple(row[train + 500 :] for row in rows))
+    return batch
+
+
+def supervised(network: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any], Tensor]:
+    """The loss of a batch of inputs and what is wanted."""
+    return lambda batch: criterion(network(batch[0]), batch[1])
 
 
 def digits_in_batches(seed: int, guarded: bool) -> Problem:
     network = making.initialized(partial(perceptron, 784, 64, 10, activation=nn.ReLU), seed)
-    loss = lambda batch: functional.cross_entropy(network(batch[0]), batch[1])  # noqa: E731 - one line
-    return rows_in_batches(network, digits(20_000), 15_000, 128, loss, seed)
+    return rows_in_batches(network, digits(20_000), 15_000, 128, supervised(network, functional.cross_entropy), seed)
 
 
 def denoising(seed: int, guarded: bool) -> Problem:
@@ -315,7 +323,7 @@ def denoising(seed: int, guarded: bool) -> Problem:
     network = making.initialized(partial(perceptron, 784, 128, 32, 128, 784, activation=nn.ReLU), seed)
     images = data.mnist().train_images[:12_000].float() / 255
     noisy = images + 0.5 * torch.randn(images.shape, generator=drawn(7))
-    loss = lambda batch: functional.mse_loss(torch.sigmoid(network(batch[0])), batch[1])  # noqa: E731 - one line
+    loss = supervised(network, lambda found, wanted: functional.mse_loss(torch.sigmoid(found), wanted))
     return rows_in_batches(network, (noisy, images), 9_500, 64, loss, seed)
 
 
@@ -325,8 +333,7 @@ def noisy_labels(seed: int, guarded: bool) -> Problem:
     x = torch.rand(3000, 4, generator=generator)
     y = torch.sin(3 * x.sum(dim=1, keepdim=True))
     y[:2000] += 0.3 * torch.randn(2000, 1, generator=generator)
-    loss = lambda batch: functional.mse_loss(network(batch[0]), batch[1])  # noqa: E731 - one line
-    return rows_in_batches(network, (x, y), 1500, 64, loss, seed)
+    return rows_in_batches(network, (x, y), 1500, 64, supervised(network, functional.mse_loss), seed)
 
 
 def completion_in_batches(seed: int, guarded: bool) -> Problem:
@@ -376,15 +383,9 @@ def characters(seed: int, guarded: bool) -> Problem:
 
 def half_batches(seed: int, guarded: bool) -> Problem:
     """Half of all points at each step: little noise."""
-    network, (x, y) = making.initialized(partial(perceptron, 1, 64, 64, 1), seed), two_sines()
-    order = making.shuffled(len(x), len(x) // 2, seed)
-
-    def batch() -> tuple[Tensor, Tensor]:
-        index = next(order)
-        return x[index], y[index]
-
-    loss = lambda batch: functional.mse_loss(network(batch[0]), batch[1])  # noqa: E731 - one line
-    return in_batches(network, batch, loss, (x, y), (x, y))
+    network, points = making.initialized(partial(perceptron, 1, 64, 64, 1), seed), two_sines()
+    batch = batches(points, len(points[0]), len(points[0]) // 2, seed)
+    return in_batches(network, batch, supervised(network, functional.mse_loss), points, points)
 
 
 def task(

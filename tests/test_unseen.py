@@ -59,10 +59,7 @@ def test_a_task_is_made_by_its_seed_and_its_losses_are_sound(name):
 def few_steps(name, folder):
     task = replace(TASKS[name], steps=40, looks=4, rates=TASKS[name].rates[:2])
     trials = Trials(task, folder / name)
-    trials.make(unseen.wanted_of(task, range(2)), name, lambda *_: None)
-    if task.full_batch:
-        best = [unseen.tuned(method, task, trials) for method in unseen.COMPARED[TUNED]]
-        trials.make([(way, seed) for way in best for seed in range(2)], name, lambda *_: None)
+    unseen.make(task, trials, range(2), lambda *_: None)
     assert not trials.failed
     return task, trials
 

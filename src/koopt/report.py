@@ -76,10 +76,15 @@ def findings(folder: Path) -> list[str]:
 
 def _write(folder: Path, result: dict[str, Any]) -> Path:
     path = folder / "result.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file through a temporary one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def print_table(console: Console, title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:

@@ -133,7 +133,7 @@ def _targets(outcome: Outcome) -> list[dict[str, Any]]:
     for method, records in outcome.records.items() if outcome.targets else ():
         search = outcome.search[method]
         both = [seed for seed in records if seed in plain]
-        relative = [_over(records[seed], plain[seed]) for seed in both]
+        relative = [over(records[seed], plain[seed]) for seed in both]
         ends = {
             "final_loss": statistics.median([record.final for record in records.values()]),
             "test_loss": statistics.median([math.inf if r.test is None else r.test for r in records.values()]),
@@ -160,7 +160,7 @@ def _worse_than_without(outcome: Outcome, method: str) -> int | None:
     """How many seeds end worse than the same run without koopt; None where that was not run."""
     records, without = outcome.records.get(method, {}), outcome.without.get(method, {})
     both = [seed for seed in records if seed in without]
-    return sum(_over(records[seed], without[seed]) > WORSE for seed in both) if both else None
+    return sum(over(records[seed], without[seed]) > WORSE for seed in both) if both else None
 
 
 def _to_cosine(outcome: Outcome) -> list[dict[str, Any]]:
@@ -212,7 +212,8 @@ def _searched(outcome: Outcome) -> list[dict[str, Any]]:
     return found
 
 
-def _over(record: Record, plain: Record) -> float:
+def over(record: Record, plain: Record) -> float:
+    """A final loss in units of another."""
     if record.final == plain.final:
         return 1.0
     return record.final / plain.final if plain.final > 0 and math.isfinite(plain.final) else math.inf

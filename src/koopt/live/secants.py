@@ -228,8 +228,9 @@ def newton(secants: Secants, diagonal: Tensor | None = None, ranks: Ranks | None
         moved, turned = (torch.linalg.vector_norm(rows[recent], dim=0, dtype=finer) for rows in (steps, changes))
         diagonal = torch.where(turned > 0, moved / turned.clamp_min(torch.finfo(finer).tiny), 0.0)
     diagonal = diagonal.to(gradient.device, finer)
-    steps, changes = (rows if len(kept) == len(rows) else rows[kept] for rows in (steps, changes))
-    order = kept if len(kept) == secants.pairs else range(len(kept))  # of the rows in time
+    order: Sequence[int] = kept  # of the rows in time
+    if len(kept) < secants.pairs:
+        steps, changes, order = steps[kept], changes[kept], range(len(kept))
     curved, bends = curved[kept], bends[kept][:, kept].triu()  # with the changes that came later
     shares = _solved(bends, -reductions.products(steps, gradient[None], ranks).squeeze(1)[order])
     found = -gradient - _summed(shares, changes, order)
