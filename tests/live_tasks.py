@@ -9,7 +9,7 @@ from torch.nn.functional import mse_loss
 
 import koopt
 
-SHORT = {"cycle": 12, "tail": 8, "window": 8, "max_overhead": 0.2}
+SHORT = {"history": 0, "cycle": 12, "tail": 8, "window": 8, "max_overhead": 0.2}
 
 
 def network(dtype=torch.float32, extra=()):
@@ -150,7 +150,7 @@ class Bowl:
         self.rates = torch.tensor(rates, dtype=dtype)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.2, momentum=options.pop("beta", 0.0))
         guard = options.pop("guard", self.loss)
-        self.koop = koopt.attach(self.optimizer, self.model, guard, **({"mode": "jump", "max_overhead": 1.0} | options))
+        self.koop = koopt.attach(self.optimizer, self.model, guard, **({"mode": "jump", "max_overhead": 1.0, "history": 0} | options))
 
     def loss(self):
         return (self.rates * self.model.weight.square()).sum()

@@ -11,6 +11,7 @@ import torch
 
 from koopt import distributed, sharding
 from koopt.live import secants
+from koopt.live.budget import pairs_within
 from koopt.live.candidates import FEWEST
 from koopt.live.handle import Live, is_attached
 from koopt.live.moments import POLICIES, SECOND_POLICIES
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 MODES = ("auto", "jump", "forecast")
-ALONE, BESIDE_SECANTS = 60, 30  # steps that jumps are made from; where there are steps along secants, these need some
+TAIL = 60  # steps that jumps are made from
 
 
 def attach(
@@ -39,7 +40,7 @@ def attach(
     window: int = 56,
     cycle: int = 100,
     tail: int | None = None,
-    history: int | None = 0,
+    history: int | None = None,
     momentum: str = "keep",
     second_moments: str = "age",
     max_overhead: float = 0.06,
@@ -149,9 +150,11 @@ def attach(
     place = torch.device(device) if device is not None else parameters[0].device
     inside = isinstance(inner, torch.optim.LBFGS)  # leaves gradients of other points than a step began at
     if history is None:  # by the whole parameters, so that all processes have the same
-        history = 0 if inside else secants.default_length(list(named.values()), dtype)
+        whole = list(named.values())
+        most = pairs_within(sum(parameter.nbytes for parameter in whole))
+        history = 0 if inside else secants.default_length(whole, dtype, most)
     if tail is None:
-        tail = min(cycle, BESIDE_SECANTS if history else ALONE)
+        tail = min(cycle, TAIL)
     mode = mode if guard is not None else "forecast"
     settings = Settings(
         mode=mode,

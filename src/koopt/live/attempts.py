@@ -7,6 +7,8 @@ import time
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from koopt import distributed
 from koopt.live import records, secants
 from koopt.live.budget import ADVANCE, ENOUGH, MOST, SNAPSHOT, TRIES, Costs, Schedule
@@ -21,7 +23,6 @@ from koopt.live.window import BlockMeans, Snapshots, cut, flattened, nbytes_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    import torch
     from torch import Tensor, nn
 
     from koopt.exchange import Ranks
@@ -83,6 +84,9 @@ class Attempts:
         self._snapshot = SNAPSHOT * settings.snapshots / settings.rows  # what a step costs to record
         self._block = 1  # steps whose mean is a snapshot, in the next window
         self._choice = Choice()
+        # of steps along secants that follow one another: how many so far, the loss, what the gradient is to grow by
+        self._moves, self._reached, self._expected = 0, 0.0, 0.0
+        self._left: list[Tensor] = []  # the weights as the last of them left them
         self.jumps: list[Jump] = []
         self.callbacks: list[Callable[[Jump], object]] = []
 
@@ -94,18 +98,31 @@ class Attempts:
 
     def state_dict(self) -> dict[str, Any]:
         """All but what is recorded."""
-        return {name: getattr(self.schedule, name) for name in SCHEDULED} | {"choice": self._choice.state_dict()}
+        state = {name: getattr(self.schedule, name) for name in SCHEDULED} | {"choice": self._choice.state_dict()}
+        if self.secants is not None:
+            last = torch.tensor([self._reached, self._expected], dtype=torch.float64)
+            state |= {"moves": self._moves, "last": last, "measured": self.secants.measured}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any], jumps: list[Jump]) -> None:
         """Take over a :meth:`state_dict` and the records, once what is recorded has been taken over."""
         for name in SCHEDULED:
             setattr(self.schedule, name, state[name])
         self._choice.load_state_dict(state["choice"])
+        if self.secants is not None:
+            self._moves, (self._reached, self._expected) = state["moves"], state["last"].tolist()
+            self._left = []  # the model may not have taken over its own yet
+            for name, held in self.secants.measured.items():
+                held.copy_(state["measured"][name])
         self._block, self.jumps = self.tail.block, jumps
 
     def before(self, step: int) -> None:
         """The optimizer is about to take a step."""
-        if self.secants is not None and self._at_point(step):
+        if self.secants is None:
+            return
+        if self._moves and not distributed.everywhere(self._as_left(), self._ranks):
+            self._end(step - 1)
+        if self._moves or self._at_point(step):
             self.secants.begin(self._weights.values)
 
     def after(self, steps: int) -> None:
@@ -119,6 +136,8 @@ class Attempts:
     def now(self, steps: int) -> Jump:
         """Make an attempt from the recent steps that are recorded, or else along the secants."""
         self._weights.require_free()
+        if self._moves:
+            self._end(steps)
         if self.secants is not None and self.secants.pairs and not self.tail.taken:
             return self._follow(self.secants, steps)
         return self._jump(steps, MOST)
@@ -131,9 +150,12 @@ class Attempts:
     def _toward_step(self, held: secants.Secants, steps: int) -> bool:
         """Record gradients before the step along secants that is due, and take it; whether the weights were moved."""
         schedule = self.schedule
-        if not self._at_point(steps):
+        if not self._moves and not self._at_point(steps):
             return False
-        held.end(secants.gradients(list(self._weights.named.values())))
+        held.end(secants.gradients(self._optimizer, list(self._weights.named.values())), self._expected)
+        self._expected = 0.0
+        if self._moves:
+            return self._follow(held, steps).accepted
         schedule.spent += 2 * SNAPSHOT
         if steps < schedule.following:
             return False
@@ -178,21 +200,45 @@ class Attempts:
         return self._tell(jump)
 
     def _follow(self, held: secants.Secants, steps: int) -> Jump:
-        """Try a step along the secants; what one costs that is better is not counted against the budget."""
+        """Try a step along the secants; what one costs that is better is not counted against the budget.
+
+        As long as they are better each optimizer step is followed by another one, from where that began: its own move
+        is given up, and only its gradient is of use.
+        """
         self._weights.require_free()
-        schedule, spent = self.schedule, self.schedule.spent
-        schedule.in_vain(steps)  # until it has proved not to be
+        schedule, spent, moves = self.schedule, self.schedule.spent, self._moves
+        if not moves:
+            schedule.in_vain(steps)  # until it has proved not to be
         jump = self._try(lambda: self._attempt_along(held), steps)
         if jump.accepted:
             self._forget()
             schedule.spent, schedule.proven = spent, True
-            schedule.follow(steps)
+            jump = records.joined(self.jumps.pop(), jump) if moves else jump
+            if self._judge.refresh is None:  # which may go through all data
+                assert jump.after is not None
+                self._moves, self._reached = jump.moves, jump.after
+                self._left = [value.clone() for value in self._weights.values]
+            else:
+                schedule.follow(steps)
+        elif moves:
+            self._end(steps)
         return self._tell(jump)
+
+    def _as_left(self) -> bool:
+        """Whether the weights are as the last step along secants left them, as far as is known."""
+        return not self._left or all(map(torch.equal, self._weights.values, self._left))
+
+    def _end(self, steps: int) -> None:
+        """No step along secants follows at once; all is as after a jump."""
+        log.info("%s", self.jumps[-1])
+        self._moments.recall(self._moves)
+        self._moves, self._left, self._expected, self.schedule.tries = 0, [], 0.0, 0
+        self.schedule.succeed(steps, secants=True)
 
     def _tell(self, jump: Jump) -> Jump:
         """Keep the record of an attempt, and pass it on."""
         self.jumps.append(jump)
-        log.log(logging.INFO if jump.accepted else logging.DEBUG, "%s", jump)
+        log.log(logging.INFO if jump.moves == 1 else logging.DEBUG, "%s", jump)
         for callback in self.callbacks:
             callback(jump)
         return jump
@@ -220,6 +266,7 @@ class Attempts:
             schedule.spent += judge.evaluations * schedule.costs.candidate
         if found.weights is not None:
             self._weights.write(found.weights)
+            self._expected = found.expected
             write_buffers(self._model, buffers)
             distributed.settle(self._weights.named.values(), self._ranks)
             self._moments.follow(found, moved)
@@ -264,20 +311,22 @@ class Attempts:
 
     def _attempt_along(self, held: secants.Secants) -> tuple[Found, Mapping[str, Tensor]]:
         self.schedule.spent += self.schedule.costs.secants
-        step = secants.newton(held, secants.adaptive(self._optimizer, list(self._weights.named.values())), self._ranks)
+        parameters = list(self._weights.named.values())
+        step = secants.newton(held, secants.adaptive(self._optimizer, parameters), self._ranks)
         if step is None:
             return Found(f"secants: none of {held.pairs} tells of a minimum"), {}
-        still = frozen(self._optimizer, self._weights.named.values())
-        if any(still):
-            step = secants.held_back(step, held.gradient, self._weights.values, still, self._ranks)
+        step = secants.as_trained(step, self._optimizer, held.gradient, parameters, self._weights.values, self._ranks)
         asked = self._doubtful()
         self.schedule.tries += 1
 
+        start = self._reached if self._moves else None
+
         def searching(saved: Sequence[Tensor], before: float) -> Found:
-            if asked:
-                off = disagreement(step, saved, self._judge.loss, self._ranks)
+            found = follow(step, saved, before, TRIES - 1, self._judge.loss, self._ranks)
+            if asked and found.weights is not None:
+                off = disagreement(found, start, saved, self._judge.loss, self._ranks)
                 if not off <= TOLERANCE:
                     return Found(f"noise: the guard's slope is off that of the gradients by {off:.2g} of it", before)
-            return follow(step, saved, before, TRIES - 1, self._judge.loss, self._ranks)
+            return found
 
-        return self._judge.best(searching)
+        return self._judge.best(searching, start)

@@ -16,10 +16,19 @@ FACTOR, PATIENCE = 3, 32  # how waits grow between attempts that fail, and the l
 SELDOM = 0.2  # or until they take this share of the budget
 LOOKS = 4  # the longest wait between looks at noise, in cycles
 # steps along secants: optimizer steps between them, evaluations, how often one goes through all pairs, what that may
-# cost beside the steps between
-INTERVAL, TRIES, LOOPS, SIDE = 20, 5, 2, 0.2
+# cost beside the steps between, and by default at all
+INTERVAL, TRIES, LOOPS, SIDE, DEAREST = 20, 5, 2, 0.2, 4
 LONGEST = 16  # the longest wait between those of no use, in cycles
 CHANCES, ADVANCE = 2, 200  # tries before one is better; steps whose budget they may spend beforehand
+
+
+def pairs_within(parameters: int) -> int:
+    """Bytes of secant pairs that take four optimizer steps to go through, with so many bytes of parameters.
+
+    >>> pairs_within(parameters=4000)
+    8420608
+    """
+    return DEAREST * (CALLS + PASSES * parameters) // LOOPS
 
 
 @dataclass(frozen=True)

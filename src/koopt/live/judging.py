@@ -90,17 +90,20 @@ class Judge:
         measured = functools.partial(measure, self.guard, self._model, self._surroundings)
         return distributed.mean_of(measured, self._ranks, "guard")
 
-    def best(self, searching: Callable[[Sequence[Tensor], float], Found]) -> tuple[Found, Mapping[str, Tensor]]:
+    def best(
+        self, searching: Callable[[Sequence[Tensor], float], Found], before: float | None = None
+    ) -> tuple[Found, Mapping[str, Tensor]]:
         """What a search finds and is still better with its buffers renewed, and these; the weights are as before.
 
         Args:
-            searching: given the weights as they are and the guard's loss there.
+            searching: given the weights as they are and the loss to be lowered.
+            before: that loss; None: the guard's at the weights as they are.
 
         Raises:
             ValueError: if the first loss of all is not finite.
         """
         with self.sitting("a jump's guard") as saved:
-            before = self.loss(saved)
+            before = self.loss(saved) if before is None else before
             if not math.isfinite(before):
                 if not self.sound:
                     raise ValueError(f"guard returned {before} at the weights as they are, expected a finite loss")

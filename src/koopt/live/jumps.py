@@ -25,7 +25,7 @@ class Jump:
     """One attempt to move the weights.
 
     Attributes:
-        step: optimizer steps recorded until then.
+        step: optimizer steps recorded until then, or until the first of several moves.
         forecaster, rank, horizon: of the best candidate, its horizon in optimizer steps (infinite: the fixed point);
             None if none was evaluated. Of "secants" the rank is the number of pairs, and there is no horizon.
         before, after: the guard's loss at the weights as they were and at the best candidate; None if not evaluated.
@@ -33,8 +33,10 @@ class Jump:
         reason: "better", or why they were not moved.
         evaluations: how often the guard was called.
         seconds: measured, the only field that differs from run to run.
+        moves: after how many optimizer steps in a row the weights were moved: 0 where they were not, 1 by a jump, more
+            by steps along secants that followed one another; `before` is then of the first and `after` of the last.
 
-    >>> jump = Jump(100, "koopman", 4, 38.7, 0.5, 0.4, True, "better", 9, 0.01)
+    >>> jump = Jump(100, "koopman", 4, 38.7, 0.5, 0.4, True, "better", 9, 0.01, 1)
     >>> jump.after < jump.before
     True
     """
@@ -49,6 +51,7 @@ class Jump:
     reason: str
     evaluations: int
     seconds: float
+    moves: int
 
 
 class Found(NamedTuple):
@@ -62,6 +65,13 @@ class Found(NamedTuple):
     weights: list[Tensor] | None = None
     horizon: float | None = None  # in optimizer steps
     ahead: float = 0.0  # optimizer steps that the move stands for
+    along: Step | None = None  # the step along secants that it is,
+    length: float = 0.0  # or so much of it
+
+    @property
+    def expected(self) -> float:
+        """The product of the move and of how the gradient is to change by it, as the secants have it."""
+        return 0.0 if self.along is None else -(self.length**2) * self.along.slope
 
 
 def search(
@@ -127,28 +137,38 @@ def search(
     return best._replace(reason="better", ahead=proposer.ahead(best.candidate, best.coefficients))
 
 
-SHORT, TOLERANCE = 0.02, 0.1  # of a step; of its slope
+SHORT, TOLERANCE, RESOLVED = 0.05, 0.15, 1e-5  # of a move; of its slope; of the loss
+SUFFICIENT, SHORTEN = 1e-4, (0.05, 0.5)  # of the slope; of a length, to the next one
 
 
 def disagreement(
-    step: Step, saved: Sequence[Tensor], evaluate: Callable[[Sequence[Tensor]], float], ranks: Ranks | None = None
+    found: Found,
+    start: float | None,
+    saved: Sequence[Tensor],
+    evaluate: Callable[[Sequence[Tensor]], float],
+    ranks: Ranks | None = None,
 ) -> float:
-    """How far the guard's slope along a step is from that of the gradients, relatively, by two evaluations.
+    """How far the guard's slope along a move is from that of the gradients, relatively, by two evaluations at most.
 
     Where both are of the same loss it is about 0: then gradients are not noise. Under mini-batches it is of order 1.
+    Where the slope is too small to be told from rounding it is 0 as well.
 
     Args:
-        step: from a recent point.
+        found: a move along secants.
+        start: the loss where it starts; None: it is evaluated.
         saved: the weights as they are.
         evaluate: the loss at other weights.
         ranks: the processes that hold the other columns.
     """
-    losses = []
-    for length in (0.0, SHORT):
-        weights = _along(step, length, saved, ranks)
-        losses.append(math.nan if weights is None else evaluate(weights))
-    expected = step.slope * SHORT
-    return abs((losses[1] - losses[0]) / expected - 1) if expected else math.nan
+    step = found.along
+    assert step is not None
+    if start is None:
+        start = _loss_along(step, 0.0, saved, evaluate, ranks)[0]
+    short = SHORT * found.length
+    expected = step.slope * short
+    if -expected <= RESOLVED * abs(start):
+        return 0.0
+    return abs((_loss_along(step, short, saved, evaluate, ranks)[0] - start) / expected - 1)
 
 
 def follow(
@@ -159,45 +179,41 @@ def follow(
     evaluate: Callable[[Sequence[Tensor]], float],
     ranks: Ranks | None = None,
 ) -> Found:
-    """Evaluate a step and lengths around it; take the best if it is strictly better than the weights as they are.
+    """Evaluate a step, then shorter ones until one lowers the loss as it should; the lowest is taken if it is lower.
 
-    The whole step first; if it is better, twice as far as long as that lowers the loss, else half of it, then a quarter
-    of what was tried last, until one is better.
+    Each next length is where the parabola through the losses has its minimum, between a twentieth and half of the last.
 
     Args:
         step: from a recent point.
         saved: the weights as they are.
-        before: their loss, finite.
+        before: the loss to be lowered, finite.
         count: how many evaluations may be made.
         evaluate: the loss at other weights.
         ranks: the processes that hold the other columns.
+
+    Source: Nocedal & Wright (2006), algorithm 3.1 and section 3.5.
     """
-    best = Found("no candidate was better", before)
-
-    def lower(length: float) -> bool:
-        nonlocal best
-        weights = _along(step, length, saved, ranks)
-        loss = math.inf if weights is None else finite(evaluate(weights))
-        if not loss < (math.inf if best.after is None else best.after):
-            return False
-        best = Found(best.reason, before, loss, Candidate("secants", 1.0, {"rank": step.pairs}), None, weights)
-        return True
-
-    def better() -> bool:
-        return best.after is not None and best.after < before
-
-    length = 1.0
-    lower(length)
-    factor = 2.0 if better() else 0.5
-    for _ in range(count - 1):
-        length *= factor
-        improved = lower(length)
-        if better() and not (improved and factor > 1):
+    best, length = Found("no candidate was better", before), 1.0
+    for _ in range(count):
+        loss, weights = _loss_along(step, length, saved, evaluate, ranks)
+        if loss < (before if best.after is None else best.after):
+            candidate = Candidate("secants", 1.0, {"rank": step.pairs})
+            best = Found("better", before, loss, candidate, None, weights, along=step, length=length)
+        if loss <= before + SUFFICIENT * length * step.slope and best.weights is not None:
             break
-        factor = 2.0 if better() else 0.25
-    return best._replace(reason="better") if better() else best._replace(weights=None)
+        bend = loss - before - step.slope * length
+        lowest = -step.slope * length**2 / (2 * bend) if 0 < bend < math.inf else 0.0
+        length = min(max(lowest, SHORTEN[0] * length), SHORTEN[1] * length)
+    return best
 
 
-def _along(step: Step, length: float, saved: Sequence[Tensor], ranks: Ranks | None) -> list[Tensor] | None:
-    """The weights so much of a step from its origin, in the shapes and dtypes of `saved`; None if one is not finite."""
-    return cast(saved, torch.add(step.origin, step.direction, alpha=length), ranks, add=False)
+def _loss_along(
+    step: Step,
+    length: float,
+    saved: Sequence[Tensor],
+    evaluate: Callable[[Sequence[Tensor]], float],
+    ranks: Ranks | None,
+) -> tuple[float, list[Tensor] | None]:
+    """The loss and the weights so much of a step from its origin, shaped as `saved`; infinite where they are not."""
+    weights = cast(saved, torch.add(step.origin, step.direction, alpha=length), ranks, add=False)
+    return (math.inf, None) if weights is None else (finite(evaluate(weights)), weights)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 POLICIES = ("keep", "reset", "scale", "combine")
 SECOND_POLICIES = ("age", "keep")
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # as torch.optim names them
+LARGEST = 1e4  # factor on second moments: what was forgotten for longer is beyond recall
 
 
 class Second(NamedTuple):
@@ -97,11 +98,16 @@ class Moments:
         elif self._first is not None and found.coefficients is not None and steps is not None:
             recorded = self._first.ordered()[list(steps)]
             combine(self._optimizer, self._parameters, recorded, found.coefficients, self._ranks)
-        if self._ages:
+        if self._ages and found.ahead:
             still = frozen(self._optimizer, self._parameters)  # else it would be done again and again, and never undone
             trained = [parameter for parameter, stays in zip(self._parameters, still, strict=True) if not stays]
             age(self._optimizer, trained, min(found.ahead, self._most))
         restart_curvature(self._optimizer)
+
+    def recall(self, steps: int) -> None:
+        """So many optimizer steps were given up: no momentum is left, and none of the caution of before is lost."""
+        scale(self._optimizer, self._parameters, 0.0)
+        recall(self._optimizer, self._parameters, steps)
 
 
 def first_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -168,6 +174,39 @@ def age(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], ahead: f
     for value, decay, taken in second_moments(optimizer, parameters):
         if 0 < decay < 1 <= taken:
             value.mul_(corrected(decay, taken, ahead))
+
+
+@torch.no_grad()
+def recall(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], steps: int) -> None:
+    """Let second moments weigh what was seen so many steps ago as they did then, and what was seen since beside it.
+
+    Along steps of another kind gradients shrink fast. An optimizer that has forgotten those of before takes steps that
+    the curvature does not bear.
+
+    >>> parameter = nn.Parameter(torch.ones(1))
+    >>> optimizer = torch.optim.Adam([parameter])
+    >>> for gradient in (1.0, 0.0, 0.0):
+    ...     parameter.grad = torch.tensor([gradient])
+    ...     optimizer.step()
+    >>> recall(optimizer, [parameter], steps=2)
+    >>> corrected = optimizer.state[parameter]["exp_avg_sq"] / (1 - 0.999**3)
+    >>> bool(torch.isclose(corrected, torch.ones(1)))
+    True
+    """
+    for value, decay, taken in second_moments(optimizer, parameters):
+        before = taken - steps
+        if 0 < decay < 1 and before >= 1:
+            value.mul_(_undone(decay, steps) / corrected(decay, before, steps))
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter in parameters:  # RMSprop corrects no bias
+        held, decay = optimizer.state.get(parameter, {}).get("square_avg"), groups.get(parameter, {}).get("alpha", 0.0)
+        if isinstance(held, torch.Tensor) and 0 < decay < 1:
+            local(held).mul_(_undone(decay, steps))
+
+
+def _undone(decay: float, steps: int) -> float:
+    """What undoes so many steps of decay, as far as that can be."""
+    return math.exp(min(-steps * math.log(decay), math.log(LARGEST)))
 
 
 @torch.no_grad()

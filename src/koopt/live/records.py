@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from koopt.live.jumps import Found, Jump
@@ -31,6 +31,25 @@ def record(found: Found, step: int, evaluations: int, seconds: float) -> Jump:
         reason=found.reason,
         evaluations=evaluations,
         seconds=seconds,
+        moves=int(found.weights is not None),
+    )
+
+
+def joined(before: Jump, after: Jump) -> Jump:
+    """One record of moves that follow one another.
+
+    >>> one = Jump(100, "secants", 4, None, 0.5, 0.4, True, "better", 2, 0.25, 1)
+    >>> joined(one, replace(one, step=101, before=0.4, after=0.3))
+    Jump(step=100, forecaster='secants', rank=4, horizon=None, before=0.5, after=0.3, accepted=True, reason='better',
+    evaluations=4, seconds=0.5, moves=2)
+    """
+    return replace(
+        after,
+        step=before.step,
+        before=before.before,
+        evaluations=before.evaluations + after.evaluations,
+        seconds=before.seconds + after.seconds,
+        moves=before.moves + after.moves,
     )
 
 

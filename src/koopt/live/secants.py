@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from koopt import linalg, reductions
+from koopt.live.skipping import frozen
 from koopt.live.window import cut, record
 from koopt.sharding import local
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from koopt.exchange import Ranks
 
 EVERY = 4  # optimizer steps between points; momentum makes closer ones nearly alike
-MOST_PAIRS = 50
-MEMORY, FEWEST_PAIRS = 2**28, 8  # bytes that pairs take by default; fewer are not worth it
+MOST_PAIRS, FEWEST_PAIRS = 100, 8  # by default; fewer are not worth it
 RECENT = 10  # pairs that the diagonal is made of
 CONVEX = 1e-10  # the least cosine between the two halves of a pair that says something of a minimum
 
@@ -33,6 +34,11 @@ class Secants:
         tensors: the weights; their number and shapes do not change.
         length: how many pairs are kept.
         dtype, device: of the pairs; points are kept in float32 at least.
+
+    Attributes:
+        products: `(length, length)`, float64 on the CPU, of steps with changes, once :meth:`measure` was called.
+        told: `(length,)`, which pairs tell of a minimum: steps along which the gradient grew.
+        expected: `(length,)`, products of step and change as they were expected to be; 0 where nothing was expected.
 
     >>> secants = Secants([torch.zeros(1)], 2, torch.float32, torch.device("cpu"))
     >>> for weight, gradient in ((4.0, 8.0), (3.0, 6.0)):
@@ -49,6 +55,10 @@ class Secants:
         points = [torch.zeros(2, size, dtype=finer, device=device) for _ in range(2)]  # weights and gradient
         (self._last, self._next), self._pieces = points, [[cut(row, tensors) for row in point] for point in points]
         self.points = 0
+        self.products = torch.zeros(length, length, dtype=torch.float64)
+        self.expected = torch.zeros(length, dtype=torch.float64)
+        self.told = torch.zeros(length, dtype=torch.bool)
+        self._new = torch.zeros(length, dtype=torch.bool)  # pairs that are not measured yet
 
     @property
     def weights(self) -> Tensor:
@@ -67,27 +77,50 @@ class Secants:
         """The weights that a step begins with."""
         record(self._pieces[1][0], weights)
 
-    def end(self, gradients: Sequence[Tensor]) -> None:
-        """The gradient at the weights of :meth:`begin`."""
+    def end(self, gradients: Sequence[Tensor], expected: float = 0.0) -> None:
+        """The gradient at the weights of :meth:`begin`, and what the product of step and change was expected to be."""
         record(self._pieces[1][1], gradients)
         if self.points:
             place = (self.points - 1) % len(self.steps)
             torch.sub(self._next[0], self._last[0], out=self.steps[place])
             torch.sub(self._next[1], self._last[1], out=self.changes[place])
+            self.expected[place], self._new[place] = expected, True
         self._last, self._next = self._next, self._last
         self._pieces.reverse()
         self.points += 1
 
+    def measure(self, ranks: Ranks | None) -> None:
+        """Renew `products` and `told` for the pairs that were recorded since."""
+        new = self._new.nonzero().squeeze(1).tolist()
+        if not new:
+            return
+        count = self.pairs
+        steps, changes = self.steps[:count], self.changes[:count]
+        fresh, turned = (steps, changes) if len(new) == count else (steps[new], changes[new])
+        self.products[new, :count] = reductions.products(fresh, changes, ranks)
+        if len(new) < count:
+            self.products[:count, new] = reductions.products(steps, turned, ranks)
+        least = CONVEX * reductions.norms(fresh, ranks) * reductions.norms(turned, ranks)
+        curved = self.products.diagonal()[new]
+        self.told[new] = curved.isfinite() & (curved > least)
+        for row in itertools.compress(new, (~curved.isfinite()).tolist()):  # else they spoil sums in which they are 0
+            for held in (self.steps[row], self.changes[row], self.products[row], self.products[:, row]):
+                held.zero_()
+        self._new.zero_()
+
     def order(self) -> list[int]:
-        """Rows of the pairs, the oldest first."""
-        newest = max(self.points - 1, 0)
-        return [i % len(self.steps) for i in range(newest - self.pairs, newest)]
+        """Rows of the pairs that tell of a minimum, the oldest first."""
+        newest, told = max(self.points - 1, 0), self.told.tolist()
+        rows = (i % len(self.steps) for i in range(newest - self.pairs, newest))
+        return [row for row in rows if told[row]]
 
     @property
     def nbytes(self) -> int:
-        return self.steps.nbytes + self.changes.nbytes + 4 * self.weights.nbytes
+        small = self.products.nbytes + self.expected.nbytes + 2 * self.told.nbytes
+        return self.steps.nbytes + self.changes.nbytes + 4 * self.weights.nbytes + small
 
     def state_dict(self) -> dict[str, Any]:
+        """What has a column for each weight, and how many points there were."""
         held = {"steps": self.steps, "changes": self.changes, "weights": self.weights, "gradient": self.gradient}
         return {**held, "points": self.points}
 
@@ -96,6 +129,11 @@ class Secants:
             getattr(self, name).copy_(state[name])
         self.points = int(state["points"])
 
+    @property
+    def measured(self) -> dict[str, Tensor]:
+        """The rest of the state, whose size does not depend on the weights; to be written to as well."""
+        return {"products": self.products, "expected": self.expected, "told": self.told, "new": self._new}
+
 
 def nbytes_of(tensors: Sequence[Tensor], length: int, dtype: torch.dtype) -> int:
     """What so many pairs take, before any of it is taken."""
@@ -103,33 +141,51 @@ def nbytes_of(tensors: Sequence[Tensor], length: int, dtype: torch.dtype) -> int
     return sum(tensor.numel() for tensor in tensors) * (2 * length * dtype.itemsize + 4 * finer) if length else 0
 
 
-def default_length(tensors: Sequence[Tensor], dtype: torch.dtype) -> int:
-    """50 pairs, or as many as 256 MiB hold; none where these are fewer than 8.
+def default_length(tensors: Sequence[Tensor], dtype: torch.dtype, most: int) -> int:
+    """100 pairs, or as many as `most` bytes hold; none where these are fewer than 8.
 
-    >>> default_length([torch.zeros(1000)], torch.float32)
-    50
-    >>> default_length([torch.zeros(10**8, device="meta")], torch.float32)
+    >>> default_length([torch.zeros(1000)], torch.float32, most=2**20)
+    100
+    >>> default_length([torch.zeros(10**6, device="meta")], torch.float32, most=2**20)
     0
     """
-    length = min(MOST_PAIRS, MEMORY // max(1, 2 * dtype.itemsize * sum(tensor.numel() for tensor in tensors)))
+    length = min(MOST_PAIRS, most // max(1, 2 * dtype.itemsize * sum(tensor.numel() for tensor in tensors)))
     return length if length >= FEWEST_PAIRS else 0
 
 
-def gradients(parameters: Sequence[Any]) -> list[Tensor]:
-    """What this process holds of each gradient, dense; zeros where there is none.
+def gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[Any]) -> list[Tensor]:
+    """What the optimizer descends along, as far as this process holds it: dense, zeros where there is no gradient.
 
-    >>> gradients([nn.Parameter(torch.ones(2))])
-    [tensor([0., 0.])]
+    With weight decay that is a part of the loss, and with its sign turned where the optimizer maximizes.
+
+    >>> parameter = nn.Parameter(torch.ones(2))
+    >>> gradients(torch.optim.SGD([parameter], lr=0.1, weight_decay=0.5), [parameter])
+    [tensor([0.5000, 0.5000])]
     """
-    found = []
+    groups, found = groups_of(optimizer), []
     for parameter in parameters:
-        given = parameter.grad
-        if given is None:
-            found.append(torch.zeros_like(local(parameter)))
-        else:
-            held = local(given)
-            found.append(held.to_dense() if held.layout is not torch.strided else held)
+        given, held, group = parameter.grad, local(parameter).detach(), groups.get(parameter, {})
+        own = torch.zeros_like(held) if given is None else local(given)
+        own = own.to_dense() if own.layout is not torch.strided else own
+        own = -own if group.get("maximize") else own
+        decay = 0.0 if decoupled(optimizer, group) else float(group.get("weight_decay", 0.0))
+        found.append(own.add(held, alpha=decay) if decay else own)
     return found
+
+
+def groups_of(optimizer: torch.optim.Optimizer) -> dict[Any, Mapping[str, Any]]:
+    """The settings of each parameter."""
+    return {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether weight decay is beside the loss and not a part of it.
+
+    >>> parameter = nn.Parameter(torch.ones(2))
+    >>> [decoupled(made([parameter]), {}) for made in (torch.optim.Adam, torch.optim.AdamW)]
+    [False, True]
+    """
+    return bool(group.get("decoupled_weight_decay")) or "AdamW" in type(optimizer).__name__
 
 
 def adaptive(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Tensor | None:
@@ -163,34 +219,54 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def held_back(
-    step: Step, gradient: Tensor, weights: Sequence[Tensor], still: Sequence[bool], ranks: Ranks | None = None
+def as_trained(
+    step: Step,
+    optimizer: torch.optim.Optimizer,
+    gradient: Tensor,
+    parameters: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    ranks: Ranks | None = None,
 ) -> Step:
-    """The step with some parameters left where they are now.
+    """The step with parameters left where they are that are not trained now, and with decay that is beside the loss.
 
     Args:
         step: for all of them.
+        optimizer: that trains them.
         gradient: `(state,)`, at its origin.
-        weights: of each parameter, as they are now.
-        still: which of them are left.
+        parameters: the trained ones, in the order of the columns.
+        weights: what this process holds of them, as they are now.
         ranks: the processes that hold the other columns.
 
     >>> step = Step(torch.zeros(2), torch.ones(2), 1, -3.0)
-    >>> held_back(step, torch.tensor([-1.0, -2.0]), [torch.ones(1), torch.ones(1)], [False, True])
+    >>> one, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1), requires_grad=False)
+    >>> optimizer = torch.optim.SGD([one, other], lr=0.1)
+    >>> as_trained(step, optimizer, torch.tensor([-1.0, -2.0]), [one, other], [torch.ones(1), torch.ones(1)])
     Step(origin=tensor([0., 1.]), direction=tensor([1., 0.]), pairs=1, slope=-1.0)
     """
+    still, groups = frozen(optimizer, parameters), groups_of(optimizer)
+    decays = [
+        float(group["lr"]) * float(group["weight_decay"])
+        if (group := groups.get(parameter, {})) and decoupled(optimizer, group)
+        else 0.0
+        for parameter in parameters
+    ]
+    if not any(still) and not any(decays):
+        return step
     origin, direction = step.origin.clone(), step.direction.clone()
     sizes = [one.numel() for one in weights]
-    for now, there, along, stays in zip(weights, origin.split(sizes), direction.split(sizes), still, strict=True):
+    places = zip(weights, origin.split(sizes), direction.split(sizes), still, decays, strict=True)
+    for now, there, along, stays, decay in places:
         if stays:
             there.copy_(now.reshape(-1))
             along.zero_()
+        elif decay:
+            along.sub_(there, alpha=decay)
     return Step(origin, direction, step.pairs, reductions.dot(gradient, direction, ranks))
 
 
 @torch.no_grad()
 def newton(secants: Secants, diagonal: Tensor | None = None, ranks: Ranks | None = None) -> Step | None:
-    """The step to the fixed point of gradient flow, as far as the pairs tell of it: L-BFGS without an evaluation.
+    """The step to the fixed point of gradient flow, as far as the pairs tell of it: self-scaled L-BFGS, no evaluation.
 
     Args:
         secants: with the last point recorded.
@@ -199,11 +275,13 @@ def newton(secants: Secants, diagonal: Tensor | None = None, ranks: Ranks | None
         ranks: the processes that hold the other columns.
 
     Returns:
-        None where no pair tells of a minimum, or it is not finite.
+        None where no pair tells of a minimum, it is not finite, or it does not lead downhill.
 
     Source: Nocedal (1980), the two-loop recursion, whose loops are substitutions with the products of steps and changes
-    (Byrd, Nocedal & Schnabel, 1994), so that the pairs are gone through all at once; for a quadratic loss the generator
-    of the flow's Koopman operator on the weights is minus the Hessian, whose action on the recorded span the pairs are.
+    (Byrd, Nocedal & Schnabel, 1994), so that the pairs are gone through all at once. Where a pair has less curvature
+    than was expected, all curvature from before it is shrunk as much (Al-Baali, 1998). For a quadratic loss the
+    generator of the flow's Koopman operator on the weights is minus the Hessian, whose action on the recorded span the
+    pairs are.
 
     >>> secants = Secants([torch.zeros(1)], 2, torch.float64, torch.device("cpu"))
     >>> for weight in (4.0, 3.0):
@@ -213,31 +291,31 @@ def newton(secants: Secants, diagonal: Tensor | None = None, ranks: Ranks | None
     tensor([-3.], dtype=torch.float64)
     """
     finer, gradient = secants.weights.dtype, secants.gradient
-    steps, changes = (rows[: secants.pairs] for rows in (secants.steps, secants.changes))
-    if not secants.pairs:
-        return None
-    bends = reductions.products(steps, changes, ranks)
-    curved, least = bends.diagonal(), CONVEX * reductions.norms(steps, ranks) * reductions.norms(changes, ranks)
-    convex = (curved.isfinite() & (curved > least)).tolist()
-    kept = [i for i in secants.order() if convex[i]]
+    secants.measure(ranks)
+    kept = secants.order()
     if not kept:
         return None
-    newest = changes[kept[-1]].to(finer)
+    steps, changes = (rows[: secants.pairs] for rows in (secants.steps, secants.changes))
     if diagonal is None:
         recent = kept[-RECENT:]
         moved, turned = (torch.linalg.vector_norm(rows[recent], dim=0, dtype=finer) for rows in (steps, changes))
         diagonal = torch.where(turned > 0, moved / turned.clamp_min(torch.finfo(finer).tiny), 0.0)
     diagonal = diagonal.to(gradient.device, finer)
-    order: Sequence[int] = kept  # of the rows in time
-    if len(kept) < secants.pairs:
-        steps, changes, order = steps[kept], changes[kept], range(len(kept))
-    curved, bends = curved[kept], bends[kept][:, kept].triu()  # with the changes that came later
-    shares = _solved(bends, -reductions.products(steps, gradient[None], ranks).squeeze(1)[order])
-    found = -gradient - _summed(shares, changes, order)
-    found.mul_(diagonal).mul_((curved[-1] / reductions.dot(newest, diagonal * newest, ranks)).item())
-    turned = reductions.products(changes, found[None], ranks).squeeze(1)[order]
-    found += _summed(_solved(bends.T, curved * shares - turned, upper=False), steps, order)
-    return Step(secants.weights, found, len(kept), reductions.dot(gradient, found, ranks))
+    bends = secants.products[kept][:, kept].triu()  # with the changes that came later
+    curved = bends.diagonal()
+    # how much the inverse had to grow until each pair, from the oldest one on
+    growth = (secants.expected[kept] / curved).clamp_min(1.0)
+    growth[0] = 1.0
+    growth = growth.cumprod(dim=0)
+    shares = _solved(bends, -reductions.products(steps, gradient[None], ranks).squeeze(1)[kept])
+    found = -gradient - _summed(shares, changes, kept)
+    oldest = changes[kept[0]].to(finer)
+    found.mul_(diagonal).mul_((curved[0] / reductions.dot(oldest, diagonal * oldest, ranks)).item())
+    turned = reductions.products(changes, found[None], ranks).squeeze(1)[kept]
+    found += _summed(_solved(bends.T, curved * shares / growth - turned, upper=False), steps, kept)
+    found.mul_(growth[-1].item())
+    slope = reductions.dot(gradient, found, ranks)
+    return Step(secants.weights, found, len(kept), slope) if slope < 0 else None
 
 
 def _solved(triangle: Tensor, right: Tensor, upper: bool = True) -> Tensor:
@@ -246,8 +324,8 @@ def _solved(triangle: Tensor, right: Tensor, upper: bool = True) -> Tensor:
 
 
 def _summed(shares: Tensor, rows: Tensor, order: Sequence[int]) -> Tensor:
-    """Rows times shares that are in the order of time."""
-    placed = torch.empty_like(shares)
+    """Rows times shares that are in the order of time, as far as there are any."""
+    placed = shares.new_zeros(len(rows))
     placed[order] = shares
     if rows.dtype.itemsize < torch.float32.itemsize:
         return linalg.combine(placed.to(rows.device), rows, torch.float32)
