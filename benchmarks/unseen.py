@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 TUNING = (1000, 1001)
 NUDGED = Trainer("rounding", nudged, searched, title="one rounding")
 COMPARED = {  # the optimizer first; with the rate as it stands, and each with its own
-    STANDS: ("optimizer", "koopt", "koopt-secants", "line", "anderson"),
-    TUNED: ("optimizer", "koopt", "koopt-secants", "soap", "lbfgs"),
+    STANDS: ("optimizer", "koopt", "koopt-jumps", "line", "anderson"),
+    TUNED: ("optimizer", "koopt", "koopt-jumps", "soap", "lbfgs"),
 }
 AVERAGES = ("ema", "dema", "lawa")
 

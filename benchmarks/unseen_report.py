@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 STANDS, TUNED = "as it stands", "the best of four"
 LOOKS = {  # of the figure: mark, color and whether it is filled
     "koopt": ("o", COLORS[0], True),
-    "koopt, history=50": ("o", COLORS[0], False),
+    "koopt, history=0": ("o", COLORS[0], False),
     "guarded straight line": ("s", COLORS[1], False),
     "guarded Anderson": ("D", COLORS[3], False),
     "SOAP": ("^", COLORS[2], False),
     "L-BFGS": ("v", COLORS[2], False),
 }
-OWN = ("koopt", "koopt, history=50")
+OWN = ("koopt", "koopt, history=0")
 PLAIN, CHANCE = "the optimizer", "one rounding"
 EDGE = 1.6  # where what is missed is drawn
 

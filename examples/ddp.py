@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import koopt
 
-STEPS = 800
+STEPS = 400
 
 
 def data(rank):

@@ -150,7 +150,9 @@ class Bowl:
         self.rates = torch.tensor(rates, dtype=dtype)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.2, momentum=options.pop("beta", 0.0))
         guard = options.pop("guard", self.loss)
-        self.koop = koopt.attach(self.optimizer, self.model, guard, **({"mode": "jump", "max_overhead": 1.0, "history": 0} | options))
+        self.koop = koopt.attach(
+            self.optimizer, self.model, guard, **({"mode": "jump", "max_overhead": 1.0, "history": 0} | options)
+        )
 
     def loss(self):
         return (self.rates * self.model.weight.square()).sum()

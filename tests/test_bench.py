@@ -592,7 +592,7 @@ def test_figures(bowls):
 def test_figures_call_methods_as_the_tables_do():
     from matplotlib.figure import Figure
 
-    names = ["koopt", "dema", "line-copy", "guarded", "koopt-secants", "mine"]
+    names = ["koopt", "dema", "line-copy", "guarded", "koopt-jumps", "mine"]
     ax = figures.target_shares(Figure().subplots(), {name: [(0.5, 0.4, 0.6)] for name in names}, ["all"], "share")
     shown = [label.get_text().replace("\n", " ") for label in ax.get_yticklabels()]
     assert shown == [
@@ -600,7 +600,7 @@ def test_figures_call_methods_as_the_tables_do():
         "double EMA",
         "straight line, horizon by the guard",
         "tuned optimizer without the guard's examples",
-        "koopt, history=50",
+        "koopt, history=0",
         "mine",
     ]
     assert [label.get_fontweight() for label in ax.get_yticklabels()] == ["bold", *["normal"] * 5]

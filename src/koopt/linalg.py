@@ -156,22 +156,21 @@ def inner(
 def products(left: Float[Tensor, "m state"], right: Float[Tensor, "k state"]) -> Float[Tensor, "m k"]:
     """``left right^T`` accumulated in float64, chunk by chunk.
 
-    On the CPU long rows of float32 and less are multiplied in float32, to some 7 digits of the product of the norms: to
-    make float64 of them first takes longer than the product.
+    On the CPU float32 and less are multiplied in float32, to some 7 digits of the product of the norms: to make float64
+    of them first takes longer than the product.
 
     >>> products(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 1.0], [2.0, 0.0]]))
     tensor([[7., 6.]], dtype=torch.float64)
     """
-    dtype = torch.float32 if _in_float32(left) and _in_float32(right) else torch.float64
-    width, total = _width(left), torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
+    short = all(rows.is_cpu and rows.dtype.itemsize <= 4 for rows in (left, right))
+    copied = not short or left.dtype != torch.float32 or right.dtype != torch.float32
+    dtype, width = torch.float32 if short else torch.float64, _width(left) if copied else WIDE_CHUNK
+    if left.shape[1] <= width:
+        return (left.to(dtype) @ right.to(dtype).T).to(torch.float64)
+    total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for piece, part in zip(left.split(width, dim=1), right.split(width, dim=1), strict=True):
         total += piece.to(dtype) @ part.to(dtype).T
     return total
-
-
-def _in_float32(rows: Tensor) -> bool:
-    """Whether rows are long, and no finer than float32, so that they are multiplied as they are."""
-    return rows.is_cpu and rows.dtype.itemsize <= 4 and rows.shape[-1] > CHUNK // 4
 
 
 def _width(rows: Tensor) -> int:

@@ -221,19 +221,21 @@ class Attempts:
             else:
                 schedule.follow(steps)
         elif moves:
-            self._end(steps)
+            self._end(steps, noisy=jump.reason.startswith("noise"))
         return self._tell(jump)
 
     def _as_left(self) -> bool:
         """Whether the weights are as the last step along secants left them, as far as is known."""
         return not self._left or all(map(torch.equal, self._weights.values, self._left))
 
-    def _end(self, steps: int) -> None:
-        """No step along secants follows at once; all is as after a jump."""
+    def _end(self, steps: int, noisy: bool = False) -> None:
+        """No step along secants follows at once; all is as after a jump, but where it was noise they are of no use."""
         log.info("%s", self.jumps[-1])
         self._moments.recall(self._moves)
         self._moves, self._left, self._expected, self.schedule.tries = 0, [], 0.0, 0
-        self.schedule.succeed(steps, secants=True)
+        self.schedule.succeed(steps, secants=not noisy)
+        if noisy:
+            self.schedule.in_vain(steps)
 
     def _tell(self, jump: Jump) -> Jump:
         """Keep the record of an attempt, and pass it on."""

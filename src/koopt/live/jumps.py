@@ -166,6 +166,8 @@ def disagreement(
         start = _loss_along(step, 0.0, saved, evaluate, ranks)[0]
     short = SHORT * found.length
     expected = step.slope * short
+    if not math.isfinite(start):
+        return math.inf
     if -expected <= RESOLVED * abs(start):
         return 0.0
     return abs((_loss_along(step, short, saved, evaluate, ranks)[0] - start) / expected - 1)

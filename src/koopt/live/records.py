@@ -39,9 +39,9 @@ def joined(before: Jump, after: Jump) -> Jump:
     """One record of moves that follow one another.
 
     >>> one = Jump(100, "secants", 4, None, 0.5, 0.4, True, "better", 2, 0.25, 1)
-    >>> joined(one, replace(one, step=101, before=0.4, after=0.3))
-    Jump(step=100, forecaster='secants', rank=4, horizon=None, before=0.5, after=0.3, accepted=True, reason='better',
-    evaluations=4, seconds=0.5, moves=2)
+    >>> both = joined(one, replace(one, step=101, before=0.4, after=0.3))
+    >>> both.step, both.before, both.after, both.evaluations, both.moves
+    (100, 0.5, 0.3, 4, 2)
     """
     return replace(
         after,

@@ -110,8 +110,8 @@ class Secants:
 
     def order(self) -> list[int]:
         """Rows of the pairs that tell of a minimum, the oldest first."""
-        newest, told = max(self.points - 1, 0), self.told.tolist()
-        rows = (i % len(self.steps) for i in range(newest - self.pairs, newest))
+        newest, told, length = max(self.points - 1, 0), self.told.tolist(), len(self.steps)
+        rows = (i % length for i in range(newest - min(newest, length), newest))
         return [row for row in rows if told[row]]
 
     @property
@@ -295,24 +295,25 @@ def newton(secants: Secants, diagonal: Tensor | None = None, ranks: Ranks | None
     kept = secants.order()
     if not kept:
         return None
+    order = torch.tensor(kept)
     steps, changes = (rows[: secants.pairs] for rows in (secants.steps, secants.changes))
     if diagonal is None:
         recent = kept[-RECENT:]
         moved, turned = (torch.linalg.vector_norm(rows[recent], dim=0, dtype=finer) for rows in (steps, changes))
         diagonal = torch.where(turned > 0, moved / turned.clamp_min(torch.finfo(finer).tiny), 0.0)
     diagonal = diagonal.to(gradient.device, finer)
-    bends = secants.products[kept][:, kept].triu()  # with the changes that came later
+    bends = secants.products[order[:, None], order].triu()  # with the changes that came later
     curved = bends.diagonal()
     # how much the inverse had to grow until each pair, from the oldest one on
-    growth = (secants.expected[kept] / curved).clamp_min(1.0)
+    growth = (secants.expected[order] / curved).clamp_min(1.0)
     growth[0] = 1.0
     growth = growth.cumprod(dim=0)
-    shares = _solved(bends, -reductions.products(steps, gradient[None], ranks).squeeze(1)[kept])
-    found = -gradient - _summed(shares, changes, kept)
+    shares = _solved(bends, -reductions.products(steps, gradient[None], ranks).squeeze(1)[order])
+    found = -gradient - _summed(shares, changes, order)
     oldest = changes[kept[0]].to(finer)
     found.mul_(diagonal).mul_((curved[0] / reductions.dot(oldest, diagonal * oldest, ranks)).item())
-    turned = reductions.products(changes, found[None], ranks).squeeze(1)[kept]
-    found += _summed(_solved(bends.T, curved * shares / growth - turned, upper=False), steps, kept)
+    turned = reductions.products(changes, found[None], ranks).squeeze(1)[order]
+    found += _summed(_solved(bends.T, curved * shares / growth - turned, upper=False), steps, order)
     found.mul_(growth[-1].item())
     slope = reductions.dot(gradient, found, ranks)
     return Step(secants.weights, found, len(kept), slope) if slope < 0 else None
@@ -323,7 +324,7 @@ def _solved(triangle: Tensor, right: Tensor, upper: bool = True) -> Tensor:
     return torch.linalg.solve_triangular(triangle, right[:, None], upper=upper).squeeze(1)
 
 
-def _summed(shares: Tensor, rows: Tensor, order: Sequence[int]) -> Tensor:
+def _summed(shares: Tensor, rows: Tensor, order: Tensor) -> Tensor:
     """Rows times shares that are in the order of time, as far as there are any."""
     placed = shares.new_zeros(len(rows))
     placed[order] = shares

@@ -83,13 +83,13 @@ _ALL: tuple[Trainer | Observer, ...] = (
         title="**koopt**",
     ),
     Trainer(
-        "koopt-secants",
-        attached.start(training.start_plain, history=50),
+        "koopt-jumps",
+        attached.start(training.start_plain, history=0),
         attached.grid(),
         guard=True,
         full_batch=True,
         without=("optimizer",),
-        title="koopt, history=50",
+        title="koopt, history=0",
     ),
     Trainer(
         "koopt-no-guard",
