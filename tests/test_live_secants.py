@@ -490,3 +490,17 @@ def test_recalled_second_moments_weigh_as_they_did(steps):
         recall(optimizer, [parameter], steps)
         corrects = 1 - decay ** (3 + steps) if name == "exp_avg_sq" else 1.0
         torch.testing.assert_close(state[name] / corrects, before)
+
+
+def test_a_guard_that_changes_is_noticed():
+    valley, drift = Valley(), 0.0
+    valley.koop.detach()
+    valley.koop = koopt.attach(
+        valley.optimizer, valley.model, lambda: valley.loss() - drift * len(valley.losses), max_overhead=1.0
+    )
+    valley.run(40)
+    drift = 0.01  # lower from step to step: all seem better than the loss of before
+    valley.run(12)
+    assert [jump.accepted for jump in valley.koop.jumps] == [True, False]
+    assert valley.koop.jumps[1].reason.startswith("the guard is ")
+    assert valley.koop.jumps[1].step <= 50

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from itertools import compress
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from koopt import distributed
 from koopt.live import records, secants
 from koopt.live.budget import ADVANCE, ENOUGH, MOST, SNAPSHOT, TRIES, Costs, Schedule
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, block_after, displaced, paired, smooth, unpaired
-from koopt.live.jumps import TOLERANCE, Found, disagreement, follow, search
+from koopt.live.jumps import TOLERANCE, Found, disagreement, follow, loss_along, search
 from koopt.live.moments import Moments
 from koopt.live.preconditioning import by_matrices
 from koopt.live.refreshing import write_buffers
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 ALWAYS = 4  # steps along secants before each of which it is asked whether gradients are noise
 PRECONDITIONED = 'preconditioner: the optimizer holds matrices, and jumps do it harm; mode="jump" jumps all the same'
+AGAIN, SAME = 10, 1e-3  # steps along secants that follow one another before the guard is asked anew; how alike it is
 RECORDED = 8  # points before a step along secants, where they are not tried again and again
 SCHEDULED = ("due", "wait", "began", "noisy", "spent", "following", "vain", "proven", "tries")
 log = logging.getLogger("koopt")
@@ -139,7 +141,7 @@ class Attempts:
         if self._moves:
             self._end(steps)
         if self.secants is not None and self.secants.pairs and not self.tail.taken:
-            return self._follow(self.secants, steps)
+            return self._follow(self.secants, steps, doubtful=False)
         return self._jump(steps, MOST)
 
     def _at_point(self, step: int) -> bool:
@@ -155,7 +157,7 @@ class Attempts:
         held.end(secants.gradients(self._optimizer, list(self._weights.named.values())), self._expected)
         self._expected = 0.0
         if self._moves:
-            return self._follow(held, steps).accepted
+            return self._follow(held, steps, self._doubtful()).accepted
         schedule.spent += 2 * SNAPSHOT
         if steps < schedule.following:
             return False
@@ -163,12 +165,12 @@ class Attempts:
         if schedule.allowed(steps + ADVANCE, schedule.costs.secants) < most:
             schedule.postpone(steps)
             return False
-        return self._follow(held, steps).accepted
+        return self._follow(held, steps, self._doubtful()).accepted
 
     def _doubtful(self) -> bool:
         """Whether it is asked if gradients are noise: rarer and rarer, as what is smooth seldom turns noisy."""
         tries = self.schedule.tries + 1
-        return self._settings.mode == "auto" and (tries <= ALWAYS or tries & (tries - 1) == 0)
+        return tries <= ALWAYS or tries & (tries - 1) == 0
 
     def _toward_jump(self, steps: int, left: int) -> None:
         """Record the last steps before the attempt that is due in `left`, and make it, as far as the budget allows."""
@@ -199,7 +201,7 @@ class Attempts:
             self.schedule.succeed(steps, self.secants is not None)
         return self._tell(jump)
 
-    def _follow(self, held: secants.Secants, steps: int) -> Jump:
+    def _follow(self, held: secants.Secants, steps: int, doubtful: bool) -> Jump:
         """Try a step along the secants; what one costs that is better is not counted against the budget.
 
         As long as they are better each optimizer step is followed by another one, from where that began: its own move
@@ -209,7 +211,7 @@ class Attempts:
         schedule, spent, moves = self.schedule, self.schedule.spent, self._moves
         if not moves:
             schedule.in_vain(steps)  # until it has proved not to be
-        jump = self._try(lambda: self._attempt_along(held), steps)
+        jump = self._try(lambda: self._attempt_along(held, doubtful), steps)
         if jump.accepted:
             self._forget()
             schedule.spent, schedule.proven = spent, True
@@ -311,21 +313,24 @@ class Attempts:
 
         return self._judge.best(searching)
 
-    def _attempt_along(self, held: secants.Secants) -> tuple[Found, Mapping[str, Tensor]]:
+    def _attempt_along(self, held: secants.Secants, doubtful: bool) -> tuple[Found, Mapping[str, Tensor]]:
         self.schedule.spent += self.schedule.costs.secants
         parameters = list(self._weights.named.values())
         step = secants.newton(held, secants.adaptive(self._optimizer, parameters), self._ranks)
         if step is None:
             return Found(f"secants: none of {held.pairs} tells of a minimum"), {}
         step = secants.as_trained(step, self._optimizer, held.gradient, parameters, self._weights.values, self._ranks)
-        asked = self._doubtful()
         self.schedule.tries += 1
 
         start = self._reached if self._moves else None
 
         def searching(saved: Sequence[Tensor], before: float) -> Found:
+            if self._moves % AGAIN == AGAIN - 1:
+                now = loss_along(step, 0.0, saved, self._judge.loss, self._ranks)[0]
+                if not math.isclose(now, before, rel_tol=SAME):
+                    return Found(f"the guard is {now:.6g} at weights where it was {before:.6g}", before)
             found = follow(step, saved, before, TRIES - 1, self._judge.loss, self._ranks)
-            if asked and found.weights is not None:
+            if doubtful and found.weights is not None:
                 off = disagreement(found, start, saved, self._judge.loss, self._ranks)
                 if not off <= TOLERANCE:
                     return Found(f"noise: the guard's slope is off that of the gradients by {off:.2g} of it", before)

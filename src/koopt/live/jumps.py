@@ -163,14 +163,14 @@ def disagreement(
     step = found.along
     assert step is not None
     if start is None:
-        start = _loss_along(step, 0.0, saved, evaluate, ranks)[0]
+        start = loss_along(step, 0.0, saved, evaluate, ranks)[0]
     short = SHORT * found.length
     expected = step.slope * short
     if not math.isfinite(start):
         return math.inf
     if -expected <= RESOLVED * abs(start):
         return 0.0
-    return abs((_loss_along(step, short, saved, evaluate, ranks)[0] - start) / expected - 1)
+    return abs((loss_along(step, short, saved, evaluate, ranks)[0] - start) / expected - 1)
 
 
 def follow(
@@ -197,7 +197,7 @@ def follow(
     """
     best, length = Found("no candidate was better", before), 1.0
     for _ in range(count):
-        loss, weights = _loss_along(step, length, saved, evaluate, ranks)
+        loss, weights = loss_along(step, length, saved, evaluate, ranks)
         if loss < (before if best.after is None else best.after):
             candidate = Candidate("secants", 1.0, {"rank": step.pairs})
             best = Found("better", before, loss, candidate, None, weights, along=step, length=length)
@@ -209,7 +209,7 @@ def follow(
     return best
 
 
-def _loss_along(
+def loss_along(
     step: Step,
     length: float,
     saved: Sequence[Tensor],
