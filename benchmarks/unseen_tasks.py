@@ -237,6 +237,90 @@ def quadratic(seed: int, guarded: bool) -> Problem:
     return on_all(network, lambda: 0.5 * network.place @ bends @ network.place)
 
 
+def heat(seed: int, guarded: bool) -> Problem:
+    """A physics-informed network for the heat equation with a source, initial and boundary values built in."""
+    network, places = (
+        making.initialized(partial(perceptron, 2, 24, 24, 1), seed),
+        torch.rand(150, 2, generator=drawn(11)),
+    )
+
+    def loss() -> Tensor:
+        with torch.enable_grad():
+            points = places.clone().requires_grad_()
+            x, t = points.unbind(1)
+            u = torch.sin(math.pi * x) + t * x * (1 - x) * network(points).squeeze(1)
+            slopes = torch.autograd.grad(u.sum(), points, create_graph=True)[0]
+            bend = torch.autograd.grad(slopes[:, 0].sum(), points, create_graph=True)[0][:, 0]
+            return (slopes[:, 1] - 0.1 * bend - torch.sin(5 * x * t)).square().mean()
+
+    return on_all(network, loss)
+
+
+class Running(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(1, 16, batch_first=True), nn.Linear(16, 1)
+
+    def forward(self, series: Tensor) -> Tensor:
+        return self.out(self.lstm(series)[0])
+
+
+def largest_so_far() -> tuple[Tensor, Tensor]:
+    series = torch.randn(40, 16, 1, generator=drawn(12))
+    return series, series.cummax(dim=1).values
+
+
+def hills() -> tuple[Tensor, Tensor]:
+    x = 2 * torch.rand(300, 2, generator=drawn(13)) - 1
+    return x, (torch.sin(3 * x[:, :1]) * torch.cos(3 * x[:, 1:]))
+
+
+class Reversing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.symbols, self.places = nn.Embedding(6, 16), nn.Parameter(0.1 * torch.randn(8, 16))
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.out = nn.Linear(16, 6)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.out(self.layer(self.symbols(text) + self.places))
+
+
+def reversing(seed: int, guarded: bool) -> Problem:
+    """Words of eight letters, to be spelled backwards."""
+    network, text = making.initialized(Reversing, seed), torch.randint(0, 6, (96, 8), generator=drawn(14))
+    return on_all(network, lambda: making.cross_entropy(network(text), text.flip(1)))
+
+
+class Mixture(nn.Module):
+    """Six normal distributions in the plane."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights, self.means = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.randn(6, 2))
+        self.roots = nn.Parameter(torch.eye(2).repeat(6, 1, 1))
+
+    def forward(self, points: Tensor) -> Tensor:
+        """The negative logarithm of the density, up to a constant."""
+        whitened = torch.einsum("kij,nkj->nki", self.roots, points[:, None] - self.means)
+        volume = torch.linalg.det(self.roots).abs().log()
+        logs = torch.log_softmax(self.weights, dim=0) + volume - 0.5 * whitened.square().sum(dim=2)
+        return -torch.logsumexp(logs, dim=1)
+
+
+def mixture(seed: int, guarded: bool) -> Problem:
+    """Points about six centres; 5 is added to the loss, so that shares of it make sense."""
+    network, generator = making.initialized(Mixture, seed), drawn(15)
+    spread = 0.3 * torch.randn(600, 2, generator=generator)
+    points = (2 * torch.randn(6, 2, generator=generator)).repeat(100, 1) + spread
+    return on_all(network, lambda: 5 + network(points).mean())
+
+
+def convolutions() -> nn.Module:
+    layers = (nn.Conv2d(1, 6, 5, 2), nn.SiLU(), nn.Conv2d(6, 12, 5, 2), nn.SiLU(), nn.Flatten(), nn.Linear(192, 10))
+    return nn.Sequential(nn.Unflatten(1, (1, 28, 28)), *layers)
+
+
 class Vae(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -426,6 +510,21 @@ FULL = (
     task("graph", "graph convolutions, Adam", partial(graph, 0.0), 1500, "adam", 1e-2),
     task("moons", "a normalizing flow, Adam", moons, 1000, "adam", 2e-3),
     task("quadratic", "50 dimensions, SGD with momentum", quadratic, 3000, "sgd", 0.1),
+)
+LATER = (  # added once steps along secants followed one another, and not looked at before
+    task("heat", "physics-informed, 2:24:24:1, Adam", heat, 1200, "adam", 2e-3),
+    task("running", "an LSTM of 16 units, Adam", partial(fit, Running, largest_so_far), 800, "adam", 3e-3),
+    task(
+        "hills",
+        "2:64:64:1, ReLU, AdamW",
+        partial(fit, partial(perceptron, 2, 64, 64, 1, activation=nn.ReLU), hills),
+        1500,
+        "adamw",
+        1e-3,
+    ),
+    task("reversing", "a transformer block, AdamW", reversing, 800, "adamw", 2e-3, "cosine"),
+    task("mixture", "six normal distributions, Adam", mixture, 1000, "adam", 1e-2),
+    task("convolutions", "two convolutions, 300 digits, SGD", partial(classify, convolutions, 300), 500, "sgd", 0.01),
 )
 NOISY = (
     task(

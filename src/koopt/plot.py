@@ -218,12 +218,18 @@ def guarded_jumps(ax: Axes, jumps: Sequence[Jump]) -> Axes:
     seen = [jump for jump in jumps if jump.before is not None and np.isfinite(jump.before)]
     taken = [jump for jump in seen if jump.accepted]
     refused = [jump for jump in seen if not jump.accepted]
-    losses = [(jump.step, loss) for jump in seen for loss in (jump.before, *([jump.after] if jump.accepted else []))]
+    last = {id(jump): jump.step + max(jump.moves, 1) - 1 for jump in seen}  # of moves that follow one another
+    losses = [
+        place
+        for jump in seen
+        for place in ((jump.step, jump.before), *([(last[id(jump)], jump.after)] if jump.accepted else []))
+    ]
     path = np.array(losses, float).reshape(-1, 2)
     ax.plot(*path.T, color=INK, lw=1, alpha=0.5, label="loss of the guard")
     steps, before, after = (np.array([getattr(j, key) for j in taken], float) for key in ("step", "before", "after"))
-    ax.vlines(steps, after, before, color=COLORS[0], lw=1.5)
-    ax.plot(steps, after, "v", ms=4, color=COLORS[0], label="accepted jump")
+    ends = np.array([last[id(jump)] for jump in taken], float)
+    ax.plot([steps, ends], [before, after], color=COLORS[0], lw=1.5)
+    ax.plot(ends, after, "v", ms=4, color=COLORS[0], label="accepted jump")
     if refused:
         ax.plot(
             *np.array([(jump.step, jump.before) for jump in refused]).T, "x", ms=5, color=COLORS[1], label="refused"
@@ -231,8 +237,9 @@ def guarded_jumps(ax: Axes, jumps: Sequence[Jump]) -> Axes:
     if len(path) and path[:, 1].min() > 0:
         ax.set_yscale("log")
     steps_along(ax)
+    moves = sum(jump.moves for jump in taken)
     counts = {
-        "accepted": len(taken),
+        f"accepted (in {moves:,} moves)" if moves > len(taken) else "accepted": len(taken),
         "refused": len(refused),
         "without a loss, not drawn": len(jumps) - len(seen),
     }

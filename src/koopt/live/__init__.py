@@ -53,9 +53,10 @@ def attach(
     """Put koopt beside an optimizer: the training loop stays as it is.
 
     After each step the weights are recorded. With a guard a jump is tried at the end of each cycle: candidates are made
-    from the last steps, a few are evaluated by the guard, and the best is kept if its loss is lower than now. With a
-    `history` steps along secants of weights and gradients are tried in between, every 20 steps. A run without accepted
-    jumps is bit for bit the run without koopt.
+    from the last steps, a few are evaluated by the guard, and the best is kept if its loss is lower than now. In
+    between, steps along secants of weights and gradients are tried; on full batches they follow one another, in the
+    place of the optimizer's own moves, as long as the guard's loss falls. A run without accepted jumps is bit for bit
+    the run without koopt.
 
     Args:
         optimizer: any ``torch.optim`` optimizer, or a wrapper that holds one as `optimizer`.
@@ -71,10 +72,10 @@ def attach(
             cycles, twice as many after each look that finds noise, up to 4.
         tail: how many steps at the end of a cycle jumps are made from, at most: by means of each two of them where the
             last half is rough, and by that half where it is smooth; if there are fewer than 12, by all of them. None:
-            60, or 30 where there are steps along secants, which need the others; at most a cycle.
-        history: how many pairs of changes of weights and gradients are kept for steps along secants; 0: no such steps,
-            which do better than other jumps on some tasks and worse on others; None: 50, or as many as 256 MiB hold, or
-            none where these are fewer than 8.
+            60, at most a cycle.
+        history: how many pairs of changes of weights and gradients are kept for steps along secants; 0: no such steps;
+            None: 100, or as many as make a step along them as dear as four optimizer steps on batches of 64, or none
+            where these are fewer than 8.
         momentum: after a jump "keep" it, "reset" it to zero, "scale" it by the square root of the loss ratio, or
             "combine" its recorded values as the weights were. L-BFGS starts anew, since it compares gradients of
             successive points.
