@@ -1,7 +1,7 @@
 """Time to target on training loops on which no setting of koopt was chosen (`unseen_tasks.py`).
 
     python benchmarks/unseen.py                      # all; rerunning it resumes
-    python benchmarks/unseen.py sines logistic --seeds 3
+    python benchmarks/unseen.py sines logistic --seeds 3 --quick
 
 Full batches: what koopt with its defaults needs, a guard evaluation counted as a third of a step, until the lowest
 loss of the same run without it, as a share of that run's steps. First with the learning rate as it stands in the
@@ -78,10 +78,13 @@ def best(ways: Sequence[Way], trials: Trials) -> Way:
     return min(ways, key=lambda way: float(np.median([record.final for record in records(way, trials, TUNING)])))
 
 
-def full_rows(task: Task, trials: Trials, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def full_rows(
+    task: Task, trials: Trials, seeds: Sequence[int], rates: Sequence[str] = tuple(COMPARED)
+) -> list[dict[str, Any]]:
     """What each method needs to the lowest loss of the optimizer's run of the same seed."""
     rows = []
-    for rate, names in COMPARED.items():
+    for rate in rates:
+        names = COMPARED[rate]
         ways = [as_it_stands(name, task) if rate == STANDS else tuned(name, task, trials) for name in names]
         if rate == STANDS:
             ways.append(Way("rounding", NUDGED, ways[0].setting))
@@ -143,20 +146,27 @@ def title(name: str) -> str:
     return {"optimizer": PLAIN, "rounding": CHANCE}.get(name) or METHODS[name].title.strip("*")
 
 
-def wanted_of(task: Task, seeds: Sequence[int]) -> list[tuple[Way, int]]:
+def wanted_of(task: Task, seeds: Sequence[int], rates: Sequence[str]) -> list[tuple[Way, int]]:
     """The runs that need no choice, and those that choices are made from."""
     if not task.full_batch:
         return [(way, seed) for way in beside(task) for seed in (*seeds, *TUNING)]
     plain = as_it_stands("optimizer", task)
     fixed = [*(as_it_stands(name, task) for name in COMPARED[STANDS]), Way("rounding", NUDGED, plain.setting)]
-    rates = [way for name in COMPARED[TUNED] if name != "lbfgs" for way in at_rates(name, task)]
-    return [(way, seed) for way in fixed for seed in seeds] + [(way, seed) for way in rates for seed in TUNING]
+    searched = [way for name in COMPARED[TUNED] if name != "lbfgs" for way in at_rates(name, task)]
+    choosing = [(way, seed) for way in searched for seed in TUNING] if TUNED in rates else []
+    return [(way, seed) for way in fixed for seed in seeds] + choosing
 
 
-def make(task: Task, trials: Trials, seeds: Sequence[int], progress: Callable[[str, int, int], None]) -> None:
+def make(
+    task: Task,
+    trials: Trials,
+    seeds: Sequence[int],
+    progress: Callable[[str, int, int], None],
+    rates: Sequence[str] = tuple(COMPARED),
+) -> None:
     """All runs, those with the chosen rates last."""
-    trials.make(wanted_of(task, seeds), task.name, progress)
-    if task.full_batch:
+    trials.make(wanted_of(task, seeds, rates), task.name, progress)
+    if task.full_batch and TUNED in rates:
         chosen = [tuned(name, task, trials) for name in COMPARED[TUNED]]
         trials.make([(way, seed) for way in chosen for seed in seeds], f"{task.name}, tuned", progress)
 
@@ -181,19 +191,20 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=6, help="from 0 on")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--quick", action="store_true", help="full batches only with the rate as it stands")
     parser.add_argument("--output", type=Path, default=Path("results/unseen"), metavar="DIR")
     given = parser.parse_args()
     if unknown := set(given.tasks) - set(tasks):
         parser.error(f"unknown tasks {', '.join(sorted(unknown))}, expected some of {', '.join(tasks)}")
-    seeds = range(given.seeds)
+    seeds, rates = range(given.seeds), (STANDS,) if given.quick else tuple(COMPARED)
     rows: list[dict[str, Any]] = []
     for name in given.tasks or tasks:
         task, trials = tasks[name], Trials(tasks[name], given.output / name, given.jobs)
         with terminal.progress() as progress:
-            make(task, trials, seeds, progress)
+            make(task, trials, seeds, progress, rates)
         for line in trials.failed.values():
             print(line)
-        rows += (full_rows if task.full_batch else noisy_rows)(task, trials, seeds)
+        rows += full_rows(task, trials, seeds, rates) if task.full_batch else noisy_rows(task, trials, seeds)
     given.output.mkdir(parents=True, exist_ok=True)
     report.write_text(given.output / "tables.md", markdown(rows))
     draw(rows, lambda figure: plot.save(figure, given.output / "unseen.png"))

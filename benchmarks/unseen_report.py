@@ -35,8 +35,13 @@ def markdown(rows: Sequence[Row]) -> str:
     """Tables as in docs/when-it-helps.md."""
     full = [row for row in rows if "rate_is" in row]
     noisy = [row for row in rows if "rate_is" not in row]
-    pieces = [_whole(full, rate) for rate in (STANDS, TUNED)] if full else []
+    pieces = [_whole(full, rate) for rate in _rates(full)]
     return "\n".join(pieces + ([_noisy(noisy)] if noisy else []))
+
+
+def _rates(rows: Sequence[Row]) -> list[str]:
+    """Which of the tables there are."""
+    return [rate for rate in (STANDS, TUNED) if any(row.get("rate_is") == rate for row in rows)]
 
 
 def _whole(rows: Sequence[Row], rate: str) -> str:
@@ -78,10 +83,11 @@ def number(value: float) -> str:
 
 
 def draw(rows: Sequence[Row], save: Callable[[matplotlib.figure.Figure], None]) -> None:
-    """Both tables of full batches as dots."""
-    figure = matplotlib.figure.Figure(figsize=(10, 5.4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for ax, rate in zip(axes, (STANDS, TUNED), strict=True):
+    """The tables of full batches as dots."""
+    rates = _rates(rows)
+    figure = matplotlib.figure.Figure(figsize=(10 if len(rates) > 1 else 8, 5.4), layout="constrained")
+    axes = figure.subplots(1, max(1, len(rates)), sharey=True, squeeze=False)[0]
+    for ax, rate in zip(axes, rates, strict=False):
         shares(ax, [row for row in rows if row.get("rate_is") == rate])
         ax.set_title(
             f"learning rate {'as it stands in the loop' if rate == STANDS else 'of each method: the best of four'}",

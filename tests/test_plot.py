@@ -432,9 +432,9 @@ def test_one_legend_in_place_of_those_in_the_panels(entries, columns):
     assert [ax.get_legend() for ax in axes] == [None, None]
 
 
-def jump(step, before, after, accepted):
-    reason = "better" if accepted else "no better"
-    return Jump(step, "koopman", 4, 38.7, before, after, accepted, reason, 0 if before is None else 3, 0.01)
+def jump(step, before, after, accepted, moves=1):
+    reason, evaluations = "better" if accepted else "no better", 0 if before is None else 3
+    return Jump(step, "koopman", 4, 38.7, before, after, accepted, reason, evaluations, 0.01, moves * accepted)
 
 
 def test_attempts_that_are_not_drawn_are_counted():
@@ -448,6 +448,15 @@ def test_attempts_that_are_not_drawn_are_counted():
     assert [text.get_text() for text in axes[1].get_legend().get_texts()][1:] == ["accepted jump"]
     plot.guarded_jumps(axes[2], [])
     assert axes[2].get_title() == "0 attempts"
+
+
+def test_moves_that_follow_one_another_end_where_the_last_one_was():
+    axes = matplotlib.figure.Figure().subplots()
+    plot.guarded_jumps(axes, [jump(20, 3.0, 0.5, True, 101), jump(140, 0.4, 0.3, True)])
+    assert axes.get_title() == "2 attempts: 2 accepted (in 102 moves)"
+    path, first, *_ = (line.get_xydata().tolist() for line in axes.get_lines())
+    assert path == [[20, 3.0], [120, 0.5], [140, 0.4], [140, 0.3]]
+    assert first == [[20, 3.0], [120, 0.5]]
 
 
 def test_calibration_counts_what_came_below_what_was_expected():

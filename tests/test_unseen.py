@@ -69,16 +69,13 @@ def test_rows_tables_and_the_figure(tmp_path):
     found = {(row["rate_is"], row["method"]): row for row in rows}
     plain, jumps, own = (found[STANDS, name] for name in ("the optimizer", "koopt, history=0", "koopt"))
     assert plain["final_ratio"] == 1 >= plain["share"] > 0.8
-    assert (jumps["final_ratio"], jumps["share"], jumps["worse"]) == (
-        1,
-        plain["share"],
-        0,
-    )  # no attempt in so few steps
+    # no attempt in so few steps
+    assert (jumps["final_ratio"], jumps["share"], jumps["worse"]) == (1, plain["share"], 0)
     assert own["final_ratio"] < 1
     assert found[TUNED, "L-BFGS"]["share"] < 1
     assert found[TUNED, "the optimizer"]["setting"].startswith("optimizer sgd, rate 0.1")  # the lower loss of both
     noisy = unseen.noisy_rows(*few_steps("half-batches", tmp_path), range(2))
-    assert {row["method"]: row["end"] for row in noisy}["trained with koopt"] == 1
+    assert {row["method"]: row["end"] for row in noisy}["trained with koopt"] == pytest.approx(1, abs=0.02)
     table = markdown(rows + noisy)
     assert f"| `quadratic` | {own['share']:.2f} (" in table
     assert "| `half-batches` |" in table
