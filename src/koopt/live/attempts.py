@@ -14,7 +14,7 @@ from koopt import distributed
 from koopt.live import records, secants
 from koopt.live.budget import ADVANCE, ENOUGH, MOST, SNAPSHOT, TRIES, Costs, Schedule
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, block_after, displaced, paired, smooth, unpaired
-from koopt.live.jumps import TOLERANCE, Found, disagreement, follow, loss_along, search
+from koopt.live.jumps import TOLERANCE, WORSE, Found, disagreement, follow, loss_along, search
 from koopt.live.moments import Moments
 from koopt.live.preconditioning import by_matrices
 from koopt.live.refreshing import write_buffers
@@ -224,6 +224,8 @@ class Attempts:
                 schedule.follow(steps)
         elif moves:
             self._end(steps, noisy=jump.reason.startswith("noise"))
+        if jump.reason == WORSE:
+            held.clear()  # what was recorded misleads
         return self._tell(jump)
 
     def _as_left(self) -> bool:
@@ -235,6 +237,7 @@ class Attempts:
         log.info("%s", self.jumps[-1])
         self._moments.recall(self._moves)
         self._moves, self._left, self._expected, self.schedule.tries = 0, [], 0.0, 0
+        self.schedule.following = 0  # what was due before there were points to step from
         self.schedule.succeed(steps, secants=not noisy)
         if noisy:
             self.schedule.in_vain(steps)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from koopt.live.secants import Step
 
 
+WORSE = "no candidate was better"
+
+
 @dataclass(frozen=True)
 class Jump:
     """One attempt to move the weights.
@@ -97,7 +100,7 @@ def search(
         count: how many evaluations may be made.
         evaluate: the loss at other weights.
     """
-    best = Found("no candidate was better", before)
+    best = Found(WORSE, before)
     reached: dict[int, tuple[float, float]] = {}  # family: its lowest loss, and where
     left = count
 
@@ -195,7 +198,7 @@ def follow(
 
     Source: Nocedal & Wright (2006), algorithm 3.1 and section 3.5.
     """
-    best, length = Found("no candidate was better", before), 1.0
+    best, length = Found(WORSE, before), 1.0
     for _ in range(count):
         loss, weights = loss_along(step, length, saved, evaluate, ranks)
         if loss < (before if best.after is None else best.after):

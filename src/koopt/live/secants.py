@@ -89,6 +89,12 @@ class Secants:
         self._pieces.reverse()
         self.points += 1
 
+    def clear(self) -> None:
+        """Begin anew."""
+        self.points = 0
+        for held in (self.products, self.expected, self.told, self._new):
+            held.zero_()
+
     def measure(self, ranks: Ranks | None) -> None:
         """Renew `products` and `told` for the pairs that were recorded since."""
         new = self._new.nonzero().squeeze(1).tolist()
