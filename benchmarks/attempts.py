@@ -4,12 +4,14 @@
 
 Runs of the benchmark's tasks at all their learning rates, with short cycles and each way to treat momentum in turn. The
 guard is called at the weights before and after an attempt, outside koopt; refused ones must leave them bit for bit.
+Steps along secants that follow one another start where the optimizer's step began, and are compared with that.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -36,6 +38,7 @@ class Check:
     def __init__(self, problem: Problem, optimizer: torch.optim.Optimizer, counts: Counter[str]) -> None:
         self.problem, self.counts = problem, counts
         self.weights: list[torch.Tensor] = []
+        self.start, self.now = math.nan, math.nan  # where the moves began, and after the last of them
         optimizer.register_step_post_hook(self.before)  # hooks are called in this order
         self.koop: koopt.Live | None = None
 
@@ -57,14 +60,17 @@ class Check:
             self.counts["refused"] += 1
             self.counts["refused, but the weights were changed"] += not same
             return
-        moved = [p.detach().clone() for p in parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, self.weights)
-            before = self.loss()
-            torch._foreach_copy_(parameters, moved)
+        before = self.now
+        if jump.moves == 1:
+            moved = [p.detach().clone() for p in parameters]
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, self.weights)
+                before = self.start = self.loss()
+                torch._foreach_copy_(parameters, moved)
+        self.now = now
         self.counts["accepted"] += 1
         self.counts["accepted, but the loss rose"] += not now < before
-        self.counts["recorded otherwise than measured"] += (jump.before, jump.after) != (before, now)
+        self.counts["recorded otherwise than measured"] += (jump.before, jump.after) != (self.start, now)
 
 
 def attempt(task: Task, number: int, attempts: int, counts: Counter[str]) -> None:

@@ -11,8 +11,8 @@ memory lies.) Shown is the median of repeats, with the lowest and the highest; "
 others, and tells how far the rest can be trusted.
 Recording alone is that of a run in which each jump is accepted (mode "jump"), or refused as noise ("auto"; where
 they are accepted, it pauses its means, and costs what "jump" does).
-With --parts: what a snapshot, a mean, all fits, a candidate and the direction along secants take, in optimizer steps,
-and what the budget assumes.
+With --parts: what a snapshot, a mean, all fits, a candidate and the direction along 50 secants take, in optimizer
+steps, and what the budget assumes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from koopt.live.candidates import FAMILIES, Proposer, moved
 from koopt.live.guard import measure
 from koopt.live.jumps import Found
 from koopt.live.records import record
-from koopt.live.secants import Secants, adaptive, default_length, gradients, newton
+from koopt.live.secants import Secants, adaptive, gradients, newton
 from koopt.live.window import BlockMeans, Snapshots
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ SIZES = {
     "25M": (1024, 4096, 4096, 1024),
 }
 BLOCK = 100  # steps, the default cycle
+PAIRS = 50  # of secants
 
 
 class Run:
@@ -143,11 +144,16 @@ def parts(sizes: tuple[int, ...], batch: int, device: str) -> dict[str, tuple[fl
         for family in FAMILIES:
             proposer.coefficients(family)
 
-    pairs = Secants(parameters, default_length(parameters, torch.float32), *place)
-    for _ in range(2 * len(pairs.steps)):
+    pairs = Secants(parameters, PAIRS, *place)
+
+    def along() -> None:
         pairs.begin(parameters)
         run.step()
-        pairs.end(gradients(parameters))
+        pairs.end(gradients(run.optimizer, parameters))
+        newton(pairs, adaptive(run.optimizer, parameters))
+
+    for _ in range(2 * PAIRS):
+        along()
     step = median_seconds(run.step, 200)
     costs = Costs.of(sum(p.nbytes for p in parameters), tail.nbytes, pairs.nbytes)
     measured = {
@@ -155,7 +161,7 @@ def parts(sizes: tuple[int, ...], batch: int, device: str) -> dict[str, tuple[fl
         "mean": (median_seconds(lambda: means.take(parameters), 100), MEAN),
         "fit": (median_seconds(fits, 10), costs.fit),
         "candidate": (median_seconds(candidate, 20), costs.candidate),
-        "secants": (median_seconds(lambda: newton(pairs, adaptive(run.optimizer, parameters)), 10), costs.secants),
+        "secants": (median_seconds(along, 10) - step, costs.secants),
     }
     return {name: (seconds / step, assumed) for name, (seconds, assumed) in measured.items()}
 
