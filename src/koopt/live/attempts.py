@@ -103,7 +103,8 @@ class Attempts:
         state = {name: getattr(self.schedule, name) for name in SCHEDULED} | {"choice": self._choice.state_dict()}
         if self.secants is not None:
             last = torch.tensor([self._reached, self._expected], dtype=torch.float64)
-            state |= {"moves": self._moves, "last": last, "measured": self.secants.measured}
+            measured = {name: held.clone() for name, held in self.secants.measured.items()}
+            state |= {"moves": self._moves, "last": last, "measured": measured}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], jumps: list[Jump]) -> None:
@@ -221,6 +222,7 @@ class Attempts:
                 self._moves, self._reached = jump.moves, jump.after
                 self._left = [value.clone() for value in self._weights.values]
             else:
+                self._expected = 0.0
                 schedule.follow(steps)
         elif moves:
             self._end(steps, noisy=jump.reason.startswith("noise"))
