@@ -124,7 +124,7 @@ def test_the_readme_runs_and_its_jump_by_hand_is_put_back():
     assert any(jump.accepted for jump in names["koop"].jumps)
     names["koop"].detach()  # it has brought the model to its minimum, from where no jump leads
     model.load_state_dict(started)
-    training.optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    training.optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     exec(blocks[1], names)
     assert training.loss(model).item() == names["before"]
     assert all(torch.equal(p, names["kept"][name]) for name, p in model.named_parameters())
