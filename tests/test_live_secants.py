@@ -268,7 +268,11 @@ class Valley:
         self.x = torch.randn(40, 3, generator=generator, dtype=dtype)
         self.y = self.x.prod(dim=1, keepdim=True)
         self.optimizer, self.losses = make(self.model), []
-        self.koop = koopt.attach(self.optimizer, self.model, self.loss, **options)
+        self.koop = koopt.attach(self.optimizer, self.model, self.guard, **options)
+        self.guarded = self.loss
+
+    def guard(self):
+        return self.guarded()
 
     def loss(self):
         return mse_loss(self.model(self.x), self.y)
@@ -326,11 +330,8 @@ def test_moves_of_the_optimizer_are_given_up_on_the_way():
 
 def test_refused_after_steps_along_secants_the_optimizer_goes_on_with_the_caution_of_before():
     wrong = False
-    valley = Valley(lambda model: torch.optim.Adam(model.parameters(), lr=0.01))
-    valley.koop.detach()
-    valley.koop = koopt.attach(
-        valley.optimizer, valley.model, lambda: valley.loss() + (len(valley.losses) if wrong else 0)
-    )
+    valley = Valley()
+    valley.guarded = lambda: valley.loss() + (len(valley.losses) if wrong else 0)
     valley.run(20)
     (weight, *_) = valley.model.parameters()
     state = valley.optimizer.state[weight]
@@ -401,8 +402,7 @@ def test_an_error_on_the_way_leaves_the_optimizers_move_and_the_run_goes_on(erro
         return valley.loss()
 
     valley = Valley()
-    valley.koop.detach()
-    valley.koop = koopt.attach(valley.optimizer, valley.model, guard)
+    valley.guarded = guard
     valley.run(40)
     before = [parameter.detach().clone() for parameter in valley.model.parameters()]
     fails = True
@@ -417,12 +417,9 @@ def test_an_error_on_the_way_leaves_the_optimizers_move_and_the_run_goes_on(erro
 
 def test_where_buffers_are_renewed_steps_do_not_follow_one_another():
     renewed = []
-    valley = Valley()
-    valley.koop.detach()
-    koop = koopt.attach(valley.optimizer, valley.model, valley.loss, refresh=lambda: renewed.append(1))
-    valley.run(100)
-    assert all(jump.moves <= 1 for jump in koop.jumps)
-    assert sum(jump.moves for jump in koop.jumps) >= 2
+    jumps = Valley(refresh=lambda: renewed.append(1)).run(100).koop.jumps
+    assert all(jump.moves <= 1 for jump in jumps)
+    assert sum(jump.moves for jump in jumps) >= 2
     assert len(renewed) < 10
 
 
@@ -493,11 +490,8 @@ def test_recalled_second_moments_weigh_as_they_did(steps):
 
 
 def test_a_guard_that_changes_is_noticed():
-    valley, drift = Valley(), 0.0
-    valley.koop.detach()
-    valley.koop = koopt.attach(
-        valley.optimizer, valley.model, lambda: valley.loss() - drift * len(valley.losses), max_overhead=1.0
-    )
+    valley, drift = Valley(max_overhead=1.0), 0.0
+    valley.guarded = lambda: valley.loss() - drift * len(valley.losses)
     valley.run(40)
     drift = 0.01  # lower from step to step: all seem better than the loss of before
     valley.run(12)

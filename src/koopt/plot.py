@@ -218,16 +218,16 @@ def guarded_jumps(ax: Axes, jumps: Sequence[Jump]) -> Axes:
     seen = [jump for jump in jumps if jump.before is not None and np.isfinite(jump.before)]
     taken = [jump for jump in seen if jump.accepted]
     refused = [jump for jump in seen if not jump.accepted]
-    last = {id(jump): jump.step + max(jump.moves, 1) - 1 for jump in seen}  # of moves that follow one another
     losses = [
         place
         for jump in seen
-        for place in ((jump.step, jump.before), *([(last[id(jump)], jump.after)] if jump.accepted else []))
+        for place in ((jump.step, jump.before), *([(jump.step + jump.moves - 1, jump.after)] if jump.accepted else []))
     ]
     path = np.array(losses, float).reshape(-1, 2)
     ax.plot(*path.T, color=INK, lw=1, alpha=0.5, label="loss of the guard")
-    steps, before, after = (np.array([getattr(j, key) for j in taken], float) for key in ("step", "before", "after"))
-    ends = np.array([last[id(jump)] for jump in taken], float)
+    values = ("step", "before", "after", "moves")
+    steps, before, after, moves = (np.array([getattr(jump, value) for jump in taken], float) for value in values)
+    ends = steps + moves - 1  # of those that follow one another the last
     ax.plot([steps, ends], [before, after], color=COLORS[0], lw=1.5)
     ax.plot(ends, after, "v", ms=4, color=COLORS[0], label="accepted jump")
     if refused:
@@ -237,9 +237,8 @@ def guarded_jumps(ax: Axes, jumps: Sequence[Jump]) -> Axes:
     if len(path) and path[:, 1].min() > 0:
         ax.set_yscale("log")
     steps_along(ax)
-    moves = sum(jump.moves for jump in taken)
     counts = {
-        f"accepted (in {moves:,} moves)" if moves > len(taken) else "accepted": len(taken),
+        f"accepted (in {moves.sum():,.0f} moves)" if any(moves > 1) else "accepted": len(taken),
         "refused": len(refused),
         "without a loss, not drawn": len(jumps) - len(seen),
     }

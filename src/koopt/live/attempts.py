@@ -157,16 +157,16 @@ class Attempts:
             return False
         held.end(secants.gradients(self._optimizer, list(self._weights.named.values())), self._expected)
         self._expected = 0.0
-        if self._moves:
-            return self._follow(held, steps, self._doubtful()).accepted
-        schedule.spent += 2 * SNAPSHOT
-        if steps < schedule.following:
-            return False
-        most = TRIES + 2 * self._doubtful() + (self._judge.refresh is not None)  # evaluations
-        if schedule.allowed(steps + ADVANCE, schedule.costs.secants) < most:
-            schedule.postpone(steps)
-            return False
-        return self._follow(held, steps, self._doubtful()).accepted
+        doubtful = self._doubtful()
+        if not self._moves:
+            schedule.spent += 2 * SNAPSHOT
+            if steps < schedule.following:
+                return False
+            most = TRIES + 2 * doubtful + (self._judge.refresh is not None)  # evaluations
+            if schedule.allowed(steps + ADVANCE, schedule.costs.secants) < most:
+                schedule.postpone(steps)
+                return False
+        return self._follow(held, steps, doubtful).accepted
 
     def _doubtful(self) -> bool:
         """Whether it is asked if gradients are noise: rarer and rarer, as what is smooth seldom turns noisy."""

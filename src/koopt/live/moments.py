@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from koopt.live.candidates import displaced, moved
-from koopt.live.skipping import frozen
+from koopt.live.skipping import frozen, groups_of
 from koopt.live.window import Snapshots, flattened
 from koopt.sharding import local
 
@@ -137,7 +137,7 @@ def second_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
     >>> second_moments(optimizer, [parameter])
     [Second(value=tensor([0.0010]), decay=0.999, taken=1.0)]
     """
-    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    groups = groups_of(optimizer)
     found: list[Second] = []
     for parameter in parameters:
         state: dict[str, Any] = optimizer.state.get(parameter, {})
@@ -197,7 +197,7 @@ def recall(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], steps
         before = taken - steps
         if 0 < decay < 1 and before >= 1:
             value.mul_(_undone(decay, steps) / corrected(decay, before, steps))
-    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    groups = groups_of(optimizer)
     for parameter in parameters:  # RMSprop corrects no bias
         held, decay = optimizer.state.get(parameter, {}).get("square_avg"), groups.get(parameter, {}).get("alpha", 0.0)
         if isinstance(held, torch.Tensor) and 0 < decay < 1:

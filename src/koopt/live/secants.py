@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from koopt import linalg, reductions
-from koopt.live.skipping import frozen
+from koopt.live.skipping import frozen, groups_of
 from koopt.live.window import cut, record
 from koopt.sharding import local
 
@@ -177,11 +177,6 @@ def gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[Any]) -> li
         decay = 0.0 if decoupled(optimizer, group) else float(group.get("weight_decay", 0.0))
         found.append(own.add(held, alpha=decay) if decay else own)
     return found
-
-
-def groups_of(optimizer: torch.optim.Optimizer) -> dict[Any, Mapping[str, Any]]:
-    """The settings of each parameter."""
-    return {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:

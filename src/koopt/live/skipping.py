@@ -1,8 +1,8 @@
-"""Where an optimizer moves nothing: steps that are not recorded, parameters that stay."""
+"""What an optimizer does to each parameter, and where it moves nothing: skipped steps, parameters that stay."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -53,3 +53,13 @@ def frozen(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> li
     groups = [group for group in optimizer.param_groups if own or bool(group.get("lr", 1.0) != 0)]
     trained = {parameter for group in groups for parameter in group["params"] if parameter.requires_grad}
     return [parameter not in trained for parameter in parameters]
+
+
+def groups_of(optimizer: torch.optim.Optimizer) -> dict[Any, dict[str, Any]]:
+    """The settings of each parameter.
+
+    >>> parameter = nn.Parameter(torch.ones(1))
+    >>> groups_of(torch.optim.SGD([parameter], lr=0.1))[parameter]["lr"]
+    0.1
+    """
+    return {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
