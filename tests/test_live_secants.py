@@ -12,10 +12,10 @@ from live_tasks import Bowl, Task, adam, bits, resumable, sgd
 from torch.nn.functional import mse_loss
 
 import koopt
-from koopt.live.budget import SIDE, Costs, Schedule
+from koopt.live.budget import SIDE, Costs, Schedule, pairs_within
 from koopt.live.jumps import SHORT, TOLERANCE, disagreement, follow
 from koopt.live.moments import recall
-from koopt.live.secants import Secants, Step, as_trained, gradients, newton
+from koopt.live.secants import Secants, Step, as_trained, default_length, gradients, newton
 
 F64 = torch.float64
 
@@ -75,7 +75,7 @@ def test_two_loops_are_the_dense_update(count, size, seed, expected):
 
 @settings(max_examples=30, deadline=None)
 @given(count=st.integers(2, 9), length=st.integers(1, 5), seed=st.integers(0, 1000), each=st.integers(1, 4))
-def test_products_are_those_of_all_pairs_however_often_they_are_measured(count, length, seed, each):
+def test_products_with_later_changes_are_those_of_all_pairs_however_often_they_are_measured(count, length, seed, each):
     _, points = path(count, 4, seed)
     secants = Secants([torch.zeros(4)], length, F64, torch.device("cpu"))
     for place, (weights, gradient) in enumerate(points):
@@ -84,9 +84,11 @@ def test_products_are_those_of_all_pairs_however_often_they_are_measured(count, 
         if place % each == 0:
             secants.measure(None)
     secants.measure(None)
-    held = secants.pairs
-    torch.testing.assert_close(secants.products[:held, :held], (secants.steps @ secants.changes.T)[:held, :held])
-    assert secants.told.sum() == held
+    order = torch.tensor(secants.order())
+    assert len(order) == secants.pairs
+    every = (secants.products, secants.steps @ secants.changes.T)
+    found, wanted = (products[order[:, None], order].triu() for products in every)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_along_one_line_the_step_ends_where_the_gradient_vanishes():
@@ -216,6 +218,31 @@ def test_steps_along_secants_grow_rare_while_they_fail():
     assert due[3:] == [1020, 1080, 1260, 1800, 3400, 5000, 6600]
     dear = Schedule(cycle=100, max_overhead=0.06, costs=Costs(secants=15.0))
     assert dear.interval == 75  # so that it takes a fifth beside the steps between
+
+
+def test_a_step_along_secants_needs_no_budget_for_fits():
+    """Its own algebra and evaluations have to be within 6 % of the 20 steps until it and of 200 to come."""
+    schedule = Schedule(cycle=100, max_overhead=0.06, costs=Costs(fit=100.0, candidate=5.0, secants=8.0))
+    assert schedule.allowed(220) < 0
+    assert [schedule.allows_secants(20, evaluations) for evaluations in (7, 15, 16)] == [True, True, False]
+    schedule.spent = 3.0
+    assert not schedule.allows_secants(20, 7)
+    assert schedule.allows_secants(40, 7)
+
+
+@pytest.mark.parametrize("weights", [100, 100_000])
+def test_the_cost_of_a_direction_goes_by_the_bytes_of_pairs(weights):
+    pairs = 100 * 2 * 4 * weights
+    costs = Costs.of(4 * weights, window=0, pairs=pairs)
+    assert costs.secants == pytest.approx(2 + pairs / 2 / (4 * 2**20 + 16 * weights))
+    assert Costs.of(4 * weights, window=0).secants == 0.0  # none are asked for
+
+
+@pytest.mark.parametrize(("weights", "pairs"), [(1000, 100), (100_000, 100), (10**6, 33), (4 * 10**6, 8), (10**7, 0)])
+def test_by_default_there_are_as_many_pairs_as_pay(weights, pairs):
+    """Up to a hundred, eight steps of batches of 64 to go through, and 256 MiB."""
+    parameter = torch.zeros(weights, device="meta")
+    assert default_length([parameter], torch.float32, pairs_within(parameter.nbytes)) == pairs
 
 
 @pytest.mark.parametrize("at", [10, 20, 33])

@@ -12,7 +12,7 @@ import torch
 
 from koopt import distributed
 from koopt.live import records, secants
-from koopt.live.budget import ADVANCE, ENOUGH, MOST, SNAPSHOT, TRIES, Costs, Schedule
+from koopt.live.budget import ENOUGH, GUARD, MOST, SNAPSHOT, TRIES, Costs, Schedule
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, block_after, displaced, paired, smooth, unpaired
 from koopt.live.jumps import TOLERANCE, WORSE, Found, disagreement, follow, loss_along, search
 from koopt.live.moments import Moments
@@ -163,7 +163,7 @@ class Attempts:
             if steps < schedule.following:
                 return False
             most = TRIES + 2 * doubtful + (self._judge.refresh is not None)  # evaluations
-            if schedule.allowed(steps + ADVANCE, schedule.costs.secants) < most:
+            if not schedule.allows_secants(steps, most):
                 schedule.postpone(steps)
                 return False
         return self._follow(held, steps, doubtful).accepted
@@ -272,7 +272,7 @@ class Attempts:
         try:
             found, buffers = (Found(against), {}) if against else attempt()
         finally:
-            schedule.spent += judge.evaluations * schedule.costs.candidate
+            schedule.spent += judge.evaluations * (GUARD if moved is None else schedule.costs.candidate)
         if found.weights is not None:
             self._weights.write(found.weights)
             self._expected = found.expected

@@ -15,20 +15,21 @@ MOST, ENOUGH = 16, 6  # evaluations in one attempt; with fewer it is not worth i
 FACTOR, PATIENCE = 3, 32  # how waits grow between attempts that fail, and the longest of them, in cycles,
 SELDOM = 0.2  # or until they take this share of the budget
 LOOKS = 4  # the longest wait between looks at noise, in cycles
-# steps along secants: optimizer steps between them, evaluations, how often one goes through all pairs, what that may
-# cost beside the steps between, and by default at all
-INTERVAL, TRIES, LOOPS, SIDE, DEAREST = 20, 5, 2, 0.2, 4
+# steps along secants: optimizer steps between them, evaluations, how often one goes through all pairs, what its small
+# algebra costs beside, what all that may cost beside the steps between, and to go through the pairs by default at all
+INTERVAL, TRIES, LOOPS, ALGEBRA, SIDE, DEAREST = 20, 5, 0.5, 2, 0.2, 8
+LARGEST = 2**28  # bytes of pairs by default, where the recorded steps take twice as much
 LONGEST = 16  # the longest wait between those of no use, in cycles
 CHANCES, ADVANCE = 2, 200  # tries before one is better; steps whose budget they may spend beforehand
 
 
 def pairs_within(parameters: int) -> int:
-    """Bytes of secant pairs that take four optimizer steps to go through, with so many bytes of parameters.
+    """Bytes of secant pairs that take eight optimizer steps to go through, with so many bytes of parameters.
 
     >>> pairs_within(parameters=4000)
-    8420608
+    67364864
     """
-    return DEAREST * (CALLS + PASSES * parameters) // LOOPS
+    return min(int(DEAREST * (CALLS + PASSES * parameters) / LOOPS), LARGEST)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Costs:
     Attributes:
         fit: once.
         candidate: each one, its evaluation with it.
-        secants: once a step along them.
+        secants: once a step along them, before its evaluations, each of which is a forward pass.
 
     >>> costs = Costs.of(parameters=0, window=0)
     >>> costs.fit, round(costs.candidate, 3)
@@ -53,7 +54,8 @@ class Costs:
     def of(cls, parameters: int, window: int, pairs: int = 0) -> Costs:
         """For so many bytes of parameters, of recorded snapshots and of secant pairs."""
         step = CALLS + PASSES * parameters
-        return cls(FIT * window / step, GUARD + window / step, LOOPS * pairs / step)
+        along = ALGEBRA + LOOPS * pairs / step if pairs else 0.0
+        return cls(FIT * window / step, GUARD + window / step, along)
 
 
 @dataclass
@@ -99,6 +101,10 @@ class Schedule:
         left = self.max_overhead * steps - self.spent - ahead - self.costs.fit
         # the small amount is for products such as 0.29 * 100, which fall short of a whole number
         return min(math.floor(left / self.costs.candidate + 1e-9), MOST)
+
+    def allows_secants(self, steps: int, evaluations: int) -> bool:
+        """Whether a step along secants may make so many evaluations, on the budget of some steps to come."""
+        return self.max_overhead * (steps + ADVANCE) - self.spent >= self.costs.secants + GUARD * evaluations
 
     def afford(self, ahead: float) -> bool:
         """Whether the budget allows the attempt that is due, `ahead` spent until then; if not, it waits a cycle."""

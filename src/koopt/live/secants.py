@@ -36,7 +36,8 @@ class Secants:
         dtype, device: of the pairs; points are kept in float32 at least.
 
     Attributes:
-        products: `(length, length)`, float64 on the CPU, of steps with changes, once :meth:`measure` was called.
+        products: `(length, length)`, float64 on the CPU, of steps with changes as old or newer, once :meth:`measure`
+            was called.
         told: `(length,)`, which pairs tell of a minimum: steps along which the gradient grew.
         expected: `(length,)`, products of step and change as they were expected to be; 0 where nothing was expected.
 
@@ -103,9 +104,7 @@ class Secants:
         count = self.pairs
         steps, changes = self.steps[:count], self.changes[:count]
         fresh, turned = (steps, changes) if len(new) == count else (steps[new], changes[new])
-        self.products[new, :count] = reductions.products(fresh, changes, ranks)
-        if len(new) < count:
-            self.products[:count, new] = reductions.products(steps, turned, ranks)
+        self.products[:count, new] = reductions.products(steps, turned, ranks)
         least = CONVEX * reductions.norms(fresh, ranks) * reductions.norms(turned, ranks)
         curved = self.products.diagonal()[new]
         self.told[new] = curved.isfinite() & (curved > least)
