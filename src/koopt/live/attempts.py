@@ -19,6 +19,7 @@ from koopt.live.moments import Moments
 from koopt.live.preconditioning import by_matrices
 from koopt.live.refreshing import write_buffers
 from koopt.live.skipping import frozen, moving
+from koopt.live.streak import Streak
 from koopt.live.window import BlockMeans, Snapshots, cut, flattened, nbytes_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from koopt.live.settings import Settings
     from koopt.live.weights import Weights
 
+NOISY = "noise: the guard's slope is off that of the gradients"
 ALWAYS = 4  # steps along secants before each of which it is asked whether gradients are noise
 PRECONDITIONED = 'preconditioner: the optimizer holds matrices, and jumps do it harm; mode="jump" jumps all the same'
 AGAIN, SAME = 10, 1e-3  # steps along secants that follow one another before the guard is asked anew; how alike it is
@@ -86,9 +88,7 @@ class Attempts:
         self._snapshot = SNAPSHOT * settings.snapshots / settings.rows  # what a step costs to record
         self._block = 1  # steps whose mean is a snapshot, in the next window
         self._choice = Choice()
-        # of steps along secants that follow one another: how many so far, the loss, what the gradient is to grow by
-        self._moves, self._reached, self._expected = 0, 0.0, 0.0
-        self._left: list[Tensor] = []  # the weights as the last of them left them
+        self._streak = Streak()
         self.jumps: list[Jump] = []
         self.callbacks: list[Callable[[Jump], object]] = []
 
@@ -102,9 +102,8 @@ class Attempts:
         """All but what is recorded."""
         state = {name: getattr(self.schedule, name) for name in SCHEDULED} | {"choice": self._choice.state_dict()}
         if self.secants is not None:
-            last = torch.tensor([self._reached, self._expected], dtype=torch.float64)
             measured = {name: held.clone() for name, held in self.secants.measured.items()}
-            state |= {"moves": self._moves, "last": last, "measured": measured}
+            state |= self._streak.state_dict() | {"measured": measured}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], jumps: list[Jump]) -> None:
@@ -113,8 +112,7 @@ class Attempts:
             setattr(self.schedule, name, state[name])
         self._choice.load_state_dict(state["choice"])
         if self.secants is not None:
-            self._moves, (self._reached, self._expected) = state["moves"], state["last"].tolist()
-            self._left = []  # the model may not have taken over its own yet
+            self._streak.load_state_dict(state)
             for name, held in self.secants.measured.items():
                 held.copy_(state["measured"][name])
         self._block, self.jumps = self.tail.block, jumps
@@ -123,9 +121,10 @@ class Attempts:
         """The optimizer is about to take a step."""
         if self.secants is None:
             return
-        if self._moves and not distributed.everywhere(self._as_left(), self._ranks):
+        streak = self._streak
+        if streak.moves and not distributed.everywhere(streak.left_at(self._weights.values), self._ranks):
             self._end(step - 1)
-        if self._moves or self._at_point(step):
+        if streak.moves or self._at_point(step):
             self.secants.begin(self._weights.values)
 
     def after(self, steps: int) -> None:
@@ -139,7 +138,7 @@ class Attempts:
     def now(self, steps: int) -> Jump:
         """Make an attempt from the recent steps that are recorded, or else along the secants."""
         self._weights.require_free()
-        if self._moves:
+        if self._streak.moves:
             self._end(steps)
         if self.secants is not None and self.secants.pairs and not self.tail.taken:
             return self._follow(self.secants, steps, doubtful=False)
@@ -152,13 +151,13 @@ class Attempts:
 
     def _toward_step(self, held: secants.Secants, steps: int) -> bool:
         """Record gradients before the step along secants that is due, and take it; whether the weights were moved."""
-        schedule = self.schedule
-        if not self._moves and not self._at_point(steps):
+        schedule, streak = self.schedule, self._streak
+        if not streak.moves and not self._at_point(steps):
             return False
-        held.end(secants.gradients(self._optimizer, list(self._weights.named.values())), self._expected)
-        self._expected = 0.0
+        held.end(secants.gradients(self._optimizer, list(self._weights.named.values())), streak.expected)
+        streak.expected = 0.0
         doubtful = self._doubtful()
-        if not self._moves:
+        if not streak.moves:
             schedule.spent += 2 * SNAPSHOT
             if steps < schedule.following:
                 return False
@@ -209,36 +208,32 @@ class Attempts:
         is given up, and only its gradient is of use.
         """
         self._weights.require_free()
-        schedule, spent, moves = self.schedule, self.schedule.spent, self._moves
-        if not moves:
+        schedule, streak, spent = self.schedule, self._streak, self.schedule.spent
+        if not streak.moves:
             schedule.in_vain(steps)  # until it has proved not to be
         jump = self._try(lambda: self._attempt_along(held, doubtful), steps)
         if jump.accepted:
             self._forget()
             schedule.spent, schedule.proven = spent, True
-            jump = records.joined(self.jumps.pop(), jump) if moves else jump
+            jump = records.joined(self.jumps.pop(), jump) if streak.moves else jump
             if self._judge.refresh is None:  # which may go through all data
                 assert jump.after is not None
-                self._moves, self._reached = jump.moves, jump.after
-                self._left = [value.clone() for value in self._weights.values]
+                streak.go_on(jump.after, self._weights.values)
             else:
-                self._expected = 0.0
+                streak.expected = 0.0
                 schedule.follow(steps)
-        elif moves:
-            self._end(steps, noisy=jump.reason.startswith("noise"))
+        elif streak.moves:
+            self._end(steps, noisy=jump.reason.startswith(NOISY))
         if jump.reason == WORSE:
             held.clear()  # what was recorded misleads
         return self._tell(jump)
 
-    def _as_left(self) -> bool:
-        """Whether the weights are as the last step along secants left them, as far as is known."""
-        return not self._left or all(map(torch.equal, self._weights.values, self._left))
-
     def _end(self, steps: int, noisy: bool = False) -> None:
         """No step along secants follows at once; all is as after a jump, but where it was noise they are of no use."""
         log.info("%s", self.jumps[-1])
-        self._moments.recall(self._moves)
-        self._moves, self._left, self._expected, self.schedule.tries = 0, [], 0.0, 0
+        self._moments.recall(self._streak.moves)
+        self._streak.end()
+        self.schedule.tries = 0
         self.schedule.following = 0  # what was due before there were points to step from
         self.schedule.succeed(steps, secants=not noisy)
         if noisy:
@@ -275,7 +270,7 @@ class Attempts:
             schedule.spent += judge.evaluations * (GUARD if moved is None else schedule.costs.candidate)
         if found.weights is not None:
             self._weights.write(found.weights)
-            self._expected = found.expected
+            self._streak.expected = found.expected
             write_buffers(self._model, buffers)
             distributed.settle(self._weights.named.values(), self._ranks)
             self._moments.follow(found, moved)
@@ -327,10 +322,11 @@ class Attempts:
         step = secants.as_trained(step, self._optimizer, held.gradient, parameters, self._weights.values, self._ranks)
         self.schedule.tries += 1
 
-        start = self._reached if self._moves else None
+        moves = self._streak.moves
+        start = self._streak.loss if moves else None
 
         def searching(saved: Sequence[Tensor], before: float) -> Found:
-            if self._moves % AGAIN == AGAIN - 1:
+            if moves % AGAIN == AGAIN - 1:
                 now = loss_along(step, 0.0, saved, self._judge.loss, self._ranks)[0]
                 if not math.isclose(now, before, rel_tol=SAME):
                     return Found(f"the guard is {now:.6g} at weights where it was {before:.6g}", before)
@@ -338,7 +334,7 @@ class Attempts:
             if doubtful and found.weights is not None:
                 off = disagreement(found, start, saved, self._judge.loss, self._ranks)
                 if not off <= TOLERANCE:
-                    return Found(f"noise: the guard's slope is off that of the gradients by {off:.2g} of it", before)
+                    return Found(f"{NOISY} by {off:.2g} of it", before)
             return found
 
         return self._judge.best(searching, start)
