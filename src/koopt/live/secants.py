@@ -15,6 +15,7 @@ from koopt.sharding import local
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from jaxtyping import Float
     from torch import Tensor
 
     from koopt.exchange import Ranks
@@ -265,13 +266,12 @@ def as_trained(
 
 
 @torch.no_grad()
-def newton(secants: Secants, diagonal: Tensor | None = None, ranks: Ranks | None = None) -> Step | None:
+def newton(secants: Secants, scaling: Tensor | None = None, ranks: Ranks | None = None) -> Step | None:
     """The step to the fixed point of gradient flow, as far as the pairs tell of it: self-scaled L-BFGS, no evaluation.
 
     Args:
         secants: with the last point recorded.
-        diagonal: `(state,)`, the inverse curvature to start from, up to a factor; None: the root mean squares of the
-            steps over those of the changes, weight by weight, in the last ten pairs.
+        scaling: `(state,)`, what the optimizer scales gradients by, up to a factor; None: nothing.
         ranks: the processes that hold the other columns.
 
     Returns:
@@ -297,11 +297,8 @@ def newton(secants: Secants, diagonal: Tensor | None = None, ranks: Ranks | None
         return None
     order = torch.tensor(kept)
     steps, changes = (rows[: secants.pairs] for rows in (secants.steps, secants.changes))
-    if diagonal is None:
-        recent = kept[-RECENT:]
-        moved, turned = (torch.linalg.vector_norm(rows[recent], dim=0, dtype=finer) for rows in (steps, changes))
-        diagonal = torch.where(turned > 0, moved / turned.clamp_min(torch.finfo(finer).tiny), 0.0)
-    diagonal = diagonal.to(gradient.device, finer)
+    recent = kept[-RECENT:]
+    diagonal = first_guess(steps[recent], changes[recent], scaling, finer)
     bends = secants.products[order[:, None], order].triu()  # with the changes that came later
     curved = bends.diagonal()
     # how much the inverse had to grow until each pair, from the oldest one on
@@ -317,6 +314,28 @@ def newton(secants: Secants, diagonal: Tensor | None = None, ranks: Ranks | None
     found.mul_(growth[-1].item())
     slope = reductions.dot(gradient, found, ranks)
     return Step(secants.weights, found, len(kept), slope) if slope < 0 else None
+
+
+def first_guess(
+    steps: Float[Tensor, "pairs state"],
+    changes: Float[Tensor, "pairs state"],
+    scaling: Float[Tensor, " state"] | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, " state"]:
+    """The inverse curvature that the pairs are to correct, weight by weight and up to a factor.
+
+    The root mean square of the steps over that of the changes; with the optimizer's own scaling the geometric mean of
+    both, as that is of all of the run so far, and this of the last steps only. 0 where the gradient did not change.
+
+    >>> steps, changes = torch.tensor([[3.0, 1.0], [4.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    >>> first_guess(steps, changes, None, torch.float32)
+    tensor([5., 0.])
+    >>> first_guess(steps, changes, torch.tensor([20.0, 1.0]), torch.float32)
+    tensor([10.,  0.])
+    """
+    moved, turned = (torch.linalg.vector_norm(rows, dim=0, dtype=dtype) for rows in (steps, changes))
+    found = torch.where(turned > 0, moved / turned.clamp_min(torch.finfo(dtype).tiny), 0.0)
+    return found if scaling is None else found.sqrt() * scaling.to(found).sqrt()
 
 
 def _solved(triangle: Tensor, right: Tensor, upper: bool = True) -> Tensor:
