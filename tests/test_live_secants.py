@@ -12,10 +12,10 @@ from live_tasks import Bowl, Task, adam, bits, resumable, sgd
 from torch.nn.functional import mse_loss
 
 import koopt
-from koopt.live.budget import SIDE, Costs, Schedule, pairs_within
+from koopt.live.budget import SIDE, Costs, Schedule
 from koopt.live.jumps import SHORT, TOLERANCE, disagreement, follow
 from koopt.live.moments import recall
-from koopt.live.secants import Secants, Step, as_trained, default_length, gradients, newton
+from koopt.live.secants import Secants, Step, as_trained, gradients, newton
 
 F64 = torch.float64
 
@@ -238,11 +238,11 @@ def test_the_cost_of_a_direction_goes_by_the_bytes_of_pairs(weights):
     assert Costs.of(4 * weights, window=0).secants == 0.0  # none are asked for
 
 
-@pytest.mark.parametrize(("weights", "pairs"), [(1000, 100), (100_000, 100), (10**6, 33), (4 * 10**6, 8), (10**7, 0)])
-def test_by_default_there_are_as_many_pairs_as_pay(weights, pairs):
-    """Up to a hundred, eight steps of batches of 64 to go through, and 256 MiB."""
-    parameter = torch.zeros(weights, device="meta")
-    assert default_length([parameter], torch.float32, pairs_within(parameter.nbytes)) == pairs
+@pytest.mark.parametrize(("weights", "pairs"), [(1000, 100), (80_000, 100), (200_000, 41), (10**6, 8), (1_100_000, 0)])
+def test_by_default_there_are_as_many_pairs_as_64_mebibytes_hold(weights, pairs):
+    model = torch.nn.Linear(weights, 1, bias=False)
+    koop = koopt.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, guard=lambda: 1.0)
+    assert koop._settings.history == pairs
 
 
 @pytest.mark.parametrize("at", [10, 20, 33])

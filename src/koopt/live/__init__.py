@@ -11,7 +11,6 @@ import torch
 
 from koopt import distributed, sharding
 from koopt.live import secants
-from koopt.live.budget import pairs_within
 from koopt.live.candidates import FEWEST
 from koopt.live.handle import Live, is_attached
 from koopt.live.moments import POLICIES, SECOND_POLICIES
@@ -74,8 +73,7 @@ def attach(
             last half is rough, and by that half where it is smooth; if there are fewer than 12, by all of them. None:
             60, at most a cycle.
         history: how many pairs of changes of weights and gradients are kept for steps along secants; 0: no such steps;
-            None: 100, or as many as make a step along them as dear as four optimizer steps on batches of 64, or none
-            where these are fewer than 8.
+            None: 100, or as many as 64 MiB hold, or none where these are fewer than 8.
         momentum: after a jump "keep" it, "reset" it to zero, "scale" it by the square root of the loss ratio, or
             "combine" its recorded values as the weights were. L-BFGS starts anew, since it compares gradients of
             successive points.
@@ -151,9 +149,7 @@ def attach(
     place = torch.device(device) if device is not None else parameters[0].device
     inside = isinstance(inner, torch.optim.LBFGS)  # leaves gradients of other points than a step began at
     if history is None:  # by the whole parameters, so that all processes have the same
-        whole = list(named.values())
-        most = pairs_within(sum(parameter.nbytes for parameter in whole))
-        history = 0 if inside else secants.default_length(whole, dtype, most)
+        history = 0 if inside else secants.default_length(list(named.values()), dtype)
     if tail is None:
         tail = min(cycle, TAIL)
     mode = mode if guard is not None else "forecast"

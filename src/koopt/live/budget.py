@@ -16,20 +16,10 @@ FACTOR, PATIENCE = 3, 32  # how waits grow between attempts that fail, and the l
 SELDOM = 0.2  # or until they take this share of the budget
 LOOKS = 4  # the longest wait between looks at noise, in cycles
 # steps along secants: optimizer steps between them, evaluations, how often one goes through all pairs, what its small
-# algebra costs beside, what all that may cost beside the steps between, and to go through the pairs by default at all
-INTERVAL, TRIES, LOOPS, ALGEBRA, SIDE, DEAREST = 20, 5, 0.5, 2, 0.2, 8
-LARGEST = 2**28  # bytes of pairs by default, where the recorded steps take twice as much
+# algebra costs beside, and what all that may cost beside the steps between
+INTERVAL, TRIES, LOOPS, ALGEBRA, SIDE = 20, 5, 0.5, 2, 0.2
 LONGEST = 16  # the longest wait between those of no use, in cycles
 CHANCES, ADVANCE = 2, 200  # tries before one is better; steps whose budget they may spend beforehand
-
-
-def pairs_within(parameters: int) -> int:
-    """Bytes of secant pairs that take eight optimizer steps to go through, with so many bytes of parameters.
-
-    >>> pairs_within(parameters=4000)
-    67364864
-    """
-    return min(int(DEAREST * (CALLS + PASSES * parameters) / LOOPS), LARGEST)
 
 
 @dataclass(frozen=True)

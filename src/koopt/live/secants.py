@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from koopt.exchange import Ranks
 
 EVERY = 4  # optimizer steps between points; momentum makes closer ones nearly alike
-MOST_PAIRS, FEWEST_PAIRS = 100, 8  # by default; fewer are not worth it
+MOST_PAIRS, FEWEST_PAIRS, MOST_BYTES = 100, 8, 2**26  # by default; fewer are not worth it
 RECENT = 10  # pairs that the diagonal is made of
 CONVEX = 1e-10  # the least cosine between the two halves of a pair that says something of a minimum
 
@@ -147,15 +147,13 @@ def nbytes_of(tensors: Sequence[Tensor], length: int, dtype: torch.dtype) -> int
     return sum(tensor.numel() for tensor in tensors) * (2 * length * dtype.itemsize + 4 * finer) if length else 0
 
 
-def default_length(tensors: Sequence[Tensor], dtype: torch.dtype, most: int) -> int:
-    """100 pairs, or as many as `most` bytes hold; none where these are fewer than 8.
+def default_length(tensors: Sequence[Tensor], dtype: torch.dtype) -> int:
+    """100 pairs, or as many as 64 MiB hold; none where these are fewer than 8.
 
-    >>> default_length([torch.zeros(1000)], torch.float32, most=2**20)
-    100
-    >>> default_length([torch.zeros(10**6, device="meta")], torch.float32, most=2**20)
-    0
+    >>> [default_length([torch.zeros(size, device="meta")], torch.float32) for size in (10**3, 10**6, 10**7)]
+    [100, 8, 0]
     """
-    length = min(MOST_PAIRS, most // max(1, 2 * dtype.itemsize * sum(tensor.numel() for tensor in tensors)))
+    length = min(MOST_PAIRS, MOST_BYTES // max(1, 2 * dtype.itemsize * sum(tensor.numel() for tensor in tensors)))
     return length if length >= FEWEST_PAIRS else 0
 
 
