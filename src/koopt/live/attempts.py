@@ -194,7 +194,7 @@ class Attempts:
         moved = distributed.union(moving(self._optimizer, snapshots), len(snapshots), self._ranks)
         window = snapshots[moved] if len(moved) < len(snapshots) else snapshots
         try:
-            jump = self._try(lambda: self._attempt(window, steps, allowed), steps, moved)
+            jump = self._try(lambda: self._attempt(window, steps, allowed), steps, self.schedule.costs.candidate, moved)
         finally:
             self._forget()
         if jump.accepted:
@@ -211,7 +211,7 @@ class Attempts:
         schedule, streak, spent = self.schedule, self._streak, self.schedule.spent
         if not streak.moves:
             schedule.in_vain(steps)  # until it has proved not to be
-        jump = self._try(lambda: self._attempt_along(held, doubtful), steps)
+        jump = self._try(lambda: self._attempt_along(held, doubtful), steps, GUARD)
         if jump.accepted:
             self._forget()
             schedule.spent, schedule.proven = spent, True
@@ -256,9 +256,10 @@ class Attempts:
         self,
         attempt: Callable[[], tuple[Found, Mapping[str, Tensor]]],
         steps: int,
+        each: float,
         moved: Sequence[int] | None = None,
     ) -> Jump:
-        """Make an attempt, and move the weights if it is to be; the record of it."""
+        """Make an attempt, each evaluation at that cost, and move the weights if it is to be; the record of it."""
         started, judge, schedule = time.perf_counter(), self._judge, self.schedule
         judge.evaluations = 0
         against = distributed.unlike(steps, self._weights.named.values(), self._ranks)
@@ -267,7 +268,7 @@ class Attempts:
         try:
             found, buffers = (Found(against), {}) if against else attempt()
         finally:
-            schedule.spent += judge.evaluations * (GUARD if moved is None else schedule.costs.candidate)
+            schedule.spent += judge.evaluations * each
         if found.weights is not None:
             self._weights.write(found.weights)
             self._streak.expected = found.expected
@@ -321,7 +322,6 @@ class Attempts:
             return Found(f"secants: none of {held.pairs} tells of a minimum"), {}
         step = secants.as_trained(step, self._optimizer, held.gradient, parameters, self._weights.values, self._ranks)
         self.schedule.tries += 1
-
         moves = self._streak.moves
         start = self._streak.loss if moves else None
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from koopt.exchange import Ranks
 
 EVERY = 4  # optimizer steps between points; momentum makes closer ones nearly alike
-MOST_PAIRS, FEWEST_PAIRS, MOST_BYTES = 100, 8, 2**26  # by default; fewer are not worth it
-RECENT = 10  # pairs that the diagonal is made of
+MOST_PAIRS, MOST_BYTES, FEWEST_PAIRS = 100, 2**26, 8  # by default; fewer are not worth it
+RECENT = 10  # pairs that the first guess is made of
 CONVEX = 1e-10  # the least cosine between the two halves of a pair that says something of a minimum
 
 
