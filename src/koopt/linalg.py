@@ -163,8 +163,8 @@ def products(left: Float[Tensor, "m state"], right: Float[Tensor, "k state"]) ->
     tensor([[7., 6.]], dtype=torch.float64)
     """
     short = all(rows.is_cpu and rows.dtype.itemsize <= 4 for rows in (left, right))
-    copied = not short or left.dtype != torch.float32 or right.dtype != torch.float32
-    dtype, width = torch.float32 if short else torch.float64, _width(left) if copied else WIDE_CHUNK
+    dtype = torch.float32 if short else torch.float64
+    width = WIDE_CHUNK if left.dtype == right.dtype == dtype else _width(left)
     if left.shape[1] <= width:
         return (left.to(dtype) @ right.to(dtype).T).to(torch.float64)
     total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
