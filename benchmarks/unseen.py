@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jump_options import nudged
 from unseen_report import CHANCE, PLAIN, STANDS, TUNED, draw, markdown
-from unseen_tasks import FULL, LATER, NOISY
+from unseen_tasks import FULL, LATER, LATEST, NOISY
 
 from koopt import plot, report, terminal
 from koopt.bench.method import Observer, Trainer
@@ -185,7 +185,7 @@ def beside(task: Task) -> list[Way]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tasks = {task.name: task for task in (*FULL, *LATER, *NOISY)}
+    tasks = {task.name: task for task in (*FULL, *LATER, *LATEST, *NOISY)}
     parser.add_argument(
         "tasks", nargs="*", metavar="TASK", help=f"of {', '.join(tasks)}; all of them, if none is given"
     )

@@ -136,8 +136,8 @@ def classify(make: Callable[[], nn.Module], count: int, seed: int, guarded: bool
     return on_all(network, lambda: functional.cross_entropy(network(images), labels))
 
 
-def autoencoder(seed: int, guarded: bool) -> Problem:
-    network = making.initialized(partial(perceptron, 784, 64, 16, 64, 784, activation=nn.ReLU), seed)
+def autoencoder(activation: type[nn.Module], seed: int, guarded: bool) -> Problem:
+    network = making.initialized(partial(perceptron, 784, 64, 16, 64, 784, activation=activation), seed)
     images = data.mnist().train_images[:200].float() / 255
     return on_all(network, lambda: functional.mse_loss(torch.sigmoid(network(images)), images))
 
@@ -321,6 +321,64 @@ def convolutions() -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (1, 28, 28)), *layers)
 
 
+class Process(nn.Module):
+    """A Gaussian process: a length for each of four inputs, a size and a noise, as logarithms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths, self.others = (nn.Parameter(0.5 * torch.randn(size, dtype=torch.float64)) for size in (4, 2))
+
+    def forward(self, places: Tensor, values: Tensor) -> Tensor:
+        """The negative logarithm of the evidence; source: Rasmussen & Williams (2006), eq. 2.30."""
+        size, noise = self.others.exp()
+        apart = (places[:, None] - places) / self.lengths.exp()
+        covariance = size * torch.exp(-0.5 * apart.square().sum(dim=2)) + noise * torch.eye(len(values))
+        return -torch.distributions.MultivariateNormal(torch.zeros_like(values), covariance).log_prob(values)
+
+
+def process(seed: int, guarded: bool) -> Problem:
+    """What kernel a function of four variables has; per value, and 5 is added, so that shares of it make sense."""
+    network, generator = making.initialized(Process, seed), drawn(16)
+    places = 2 * torch.rand(120, 4, generator=generator, dtype=torch.float64) - 1
+    values = torch.sin(4 * places[:, 0]) + places[:, 1].square()
+    values += 0.1 * torch.randn(120, generator=generator, dtype=torch.float64)
+    return on_all(network, lambda: 5 + network(places, values) / len(values))
+
+
+def trajectories(seed: int, guarded: bool) -> Problem:
+    """The law of a damped pendulum from where it was, through 20 Runge-Kutta steps of a network."""
+    network, starts = making.initialized(partial(perceptron, 2, 32, 2), seed), torch.randn(12, 2, generator=drawn(17))
+
+    def pendulum(state: Tensor) -> Tensor:
+        angle, speed = state.unbind(1)
+        return torch.stack([speed, -2 * torch.sin(angle) - 0.2 * speed], dim=1)
+
+    def followed(law: Callable[[Tensor], Tensor]) -> Tensor:
+        states = [starts]
+        for _ in range(20):
+            first = law(states[-1])
+            second = law(states[-1] + 0.05 * first)
+            third = law(states[-1] + 0.05 * second)
+            fourth = law(states[-1] + 0.1 * third)
+            states.append(states[-1] + 0.1 / 6 * (first + 2 * second + 2 * third + fourth))
+        return torch.stack(states)
+
+    wanted = followed(pendulum)
+    return on_all(network, lambda: functional.mse_loss(followed(network), wanted))
+
+
+class Map(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(150, 2))
+
+
+def scaling_down(seed: int, guarded: bool) -> Problem:
+    """150 points of ten dimensions in the plane, with their distances as far as can be: multidimensional scaling."""
+    network, apart = making.initialized(Map, seed), torch.pdist(torch.randn(150, 10, generator=drawn(18)))
+    return on_all(network, lambda: (torch.pdist(network.places) - apart).square().mean() / apart.square().mean())
+
+
 class Vae(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -487,6 +545,7 @@ def task(
 
 
 small, wide = partial(perceptron, 1, 64, 64, 1), partial(perceptron, 1, 50, 50, 1)
+deep = partial(perceptron, 1, *[32] * 10, 1)
 FULL = (
     task("sines", "1:64:64:1, tanh, Adam", partial(fit, small, two_sines), 3000, "adam", 1e-3),
     task("root", "1:50:50:1, tanh, RMSprop", partial(fit, wide, signed_root), 3000, "rmsprop", 1e-3, "cosine"),
@@ -505,7 +564,7 @@ FULL = (
         "adamw",
         1e-3,
     ),
-    task("autoencoder", "784:64:16:64:784, 200 digits, Adam", autoencoder, 1000, "adam", 1e-3),
+    task("autoencoder", "784:64:16:64:784, 200 digits, Adam", partial(autoencoder, nn.ReLU), 1000, "adam", 1e-3),
     task("completion", "a matrix of rank 5, Adam", completion, 3000, "adam", 1e-2),
     task("graph", "graph convolutions, Adam", partial(graph, 0.0), 1500, "adam", 1e-2),
     task("moons", "a normalizing flow, Adam", moons, 1000, "adam", 2e-3),
@@ -525,6 +584,13 @@ LATER = (  # added once steps along secants followed one another, and not looked
     task("reversing", "a transformer block, AdamW", reversing, 800, "adamw", 2e-3, "cosine"),
     task("mixture", "six normal distributions, Adam", mixture, 1000, "adam", 1e-2),
     task("convolutions", "two convolutions, 300 digits, SGD", partial(classify, convolutions, 300), 500, "sgd", 0.01),
+)
+LATEST = (  # added once moves were bounded and saddles left, and but for the first not looked at before
+    task("saddle", "784:64:16:64:784, tanh, 200 digits, Adam", partial(autoencoder, nn.Tanh), 1000, "adam", 1e-3),
+    task("deep", "ten layers of 32, tanh, Adam", partial(fit, deep, two_sines), 1500, "adam", 1e-3),
+    task("process", "a Gaussian process of six parameters, Adam", process, 400, "adam", 0.03),
+    task("trajectories", "2:32:2 in Runge-Kutta steps, Adam", trajectories, 600, "adam", 3e-3),
+    task("scaling", "multidimensional scaling, Adam", scaling_down, 800, "adam", 0.03),
 )
 NOISY = (
     task(

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from live_tasks import Bowl, Task, adam, bits, resumable, sgd
 from torch.nn.functional import mse_loss
@@ -28,18 +28,19 @@ def recorded(points, length, dtype=F64, expected=()):
     return secants
 
 
-def path(count, size, seed=0):
-    """Points of a run on a convex quadratic, its Hessian, and gradients there."""
+def path(count, size, seed=0, saddle=False):
+    """Points of a run on a quadratic, its Hessian, and gradients there."""
     generator = torch.Generator().manual_seed(seed)
     root = torch.randn(size, size, generator=generator, dtype=F64)
-    hessian = root @ root.T + 0.1 * torch.eye(size, dtype=F64)
+    hessian = root + root.T if saddle else root @ root.T + 0.1 * torch.eye(size, dtype=F64)
     weights = torch.randn(count, size, generator=generator, dtype=F64).cumsum(dim=0)
     return hessian, [(x, hessian @ x) for x in weights]
 
 
 def dense_bfgs(points, diagonal, expected):
-    """The inverse Hessian that self-scaled BFGS has after all pairs, as a matrix."""
+    """The inverse Hessian that self-scaled BFGS has after all pairs, as a matrix; negative curvature turned round."""
     pairs = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(points)]
+    pairs = [(step, change if step @ change > 0 else -change) for step, change in pairs]
     step, change = pairs[0]
     inverse = torch.diag(diagonal) * (step @ change) / (change @ (diagonal * change))
     for place, (step, change) in enumerate(pairs):
@@ -56,9 +57,12 @@ def dense_bfgs(points, diagonal, expected):
     size=st.integers(1, 6),
     seed=st.integers(0, 1000),
     expected=st.lists(st.floats(0, 30), min_size=6, max_size=6),
+    saddle=st.booleans(),
 )
-def test_two_loops_are_the_dense_update(count, size, seed, expected):
-    _, points = path(count, size, seed)
+def test_two_loops_are_the_dense_update(count, size, seed, expected, saddle):
+    _, points = path(count, size, seed, saddle)
+    pairs = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(points)]
+    assume(all(abs(step @ change) > 0.05 * step.norm() * change.norm() for step, change in pairs))
     secants = recorded(points, 10, expected=expected[: count - 1])
     steps, changes = secants.steps[: secants.pairs], secants.changes[: secants.pairs]
     own = steps.square().sum(dim=0).sqrt() / changes.square().sum(dim=0).sqrt()
@@ -105,17 +109,64 @@ def test_the_oldest_pairs_go_and_order_is_of_time():
     assert kept.order() == [2, 0, 1]
 
 
-def test_pairs_that_tell_of_no_minimum_are_left_out():
+def test_pairs_that_tell_of_no_curvature_are_left_out():
     _, points = path(4, 3)
     alone = newton(recorded(points, 10)).direction
-    concave = [(points[0][0] + torch.ones(3, dtype=F64), points[0][1] - torch.ones(3, dtype=F64))]
-    mixed = recorded([*concave, *points], 10)
+    straight = [(points[0][0] + torch.ones(3, dtype=F64), points[0][1])]
+    mixed = recorded([*straight, *points], 10)
     assert mixed.pairs == 4
     torch.testing.assert_close(newton(mixed).direction, alone)
     broken = recorded([(points[0][0], torch.full((3,), math.nan, dtype=F64)), *points], 10)
     torch.testing.assert_close(newton(broken).direction, alone)
-    assert newton(recorded([*concave, points[0]], 10)) is None
+    assert newton(recorded([*straight, points[0]], 10)) is None
     assert newton(recorded(points[:1], 10)) is None
+
+
+def test_a_saddle_is_left_as_fast_as_a_minimum_is_neared():
+    """Of x^2 / 2 - y^2 / 2 the step ends at x = 0, and twice as far from y = 0."""
+    places = [torch.tensor(place, dtype=F64) for place in ((2.0, 1.0), (1.0, 1.0), (1.0, 2.0))]
+    secants = recorded([(place, place * torch.tensor([1.0, -1.0], dtype=F64)) for place in places], 4)
+    step = newton(secants)
+    torch.testing.assert_close(step.direction, torch.tensor([-1.0, 2.0], dtype=F64))
+    assert step.slope == -5
+    again = newton(secants)  # measured, and so turned, once
+    torch.testing.assert_close(again.direction, step.direction)
+
+
+def test_weights_beside_a_saddle_are_led_away_from_it():
+    """(x^2 - 1)^2 has its maximum between two minima; descent from a millionth beside it takes 1,400 steps."""
+    model = torch.nn.Linear(2, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1e-6, 1.0]]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.5e-3)
+
+    def loss():
+        x, y = model.weight[0]
+        return (x.square() - 1).square() + y.square()
+
+    koop = koopt.attach(optimizer, model, loss)
+    for _ in range(80):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert koop.jumps[0].accepted
+    assert loss().item() < 1e-9
+
+
+def test_no_move_is_longer_than_a_share_of_the_weights_ever_were():
+    _, points = path(4, 3)
+    for shift in (0.0, 1e3):
+        secants = recorded([(x + shift, gradient) for x, gradient in points], 10)
+        step = newton(secants)
+        largest = (points[-1][0] + shift).norm()
+        assert secants.largest == largest
+        assert step.longest == pytest.approx(min(1.0, 0.3 * (largest / step.direction.norm()).item()))
+        secants.begin([torch.zeros(3, dtype=F64)])
+        secants.end([points[0][1]])
+        newton(secants)
+        assert secants.largest == largest
+        secants.clear()
+        assert secants.largest == 0
 
 
 def test_lengths_shrink_to_where_a_parabola_ends_until_the_loss_is_lower():
@@ -134,6 +185,8 @@ def test_lengths_shrink_to_where_a_parabola_ends_until_the_loss_is_lower():
     assert seen == [1]
     assert (found.weights[0].item(), found.after, found.reason, found.candidate.rank) == (1.0, 9.0, "better", 3)
     assert found.expected == 1.0
+    _, seen = tried(lambda x: (x - 4) ** 2, step=step._replace(longest=0.25))
+    assert seen == [0.25]
     found, seen = tried(lambda x: 2.5 * (x - 0.2) ** 2)  # whose slope is that of the step
     assert seen == pytest.approx([1, 0.2])
     assert found.after == pytest.approx(0)
@@ -160,12 +213,19 @@ def test_disagreement_is_small_for_the_same_loss_and_large_for_another():
 
     found = follow(step, saved, loss(saved), 4, loss)
     curvature = (step.direction @ hessian @ step.direction).item()
-    expected = abs(SHORT * found.length * curvature / step.slope) / 2
+    expected = abs(SHORT[0] * found.length * curvature / step.slope) / 2
     assert disagreement(found, loss(saved), saved, loss) == pytest.approx(expected, rel=1e-3)
     assert disagreement(found, None, saved, loss) == pytest.approx(expected, rel=1e-3)
     assert expected < TOLERANCE / 2  # also for steps that shrink a loss by all that there is
     assert disagreement(found, None, saved, lambda weights: -loss(weights)) > 1.9
     assert not disagreement(found, None, saved, lambda weights: math.nan) <= TOLERANCE
+
+    def bent(weights, at=0.02 * found.length):  # beyond a fiftieth of the way it grows
+        gone = ((weights[0] - step.origin) @ step.direction / step.direction.square().sum()).item()
+        return loss(saved) + step.slope * gone + 3 * abs(step.slope) * max(0.0, gone - at)
+
+    assert disagreement(found, None, saved, bent) < TOLERANCE
+    assert disagreement(found, None, saved, lambda weights: bent(weights, 0.0)) > 1
     assert disagreement(found, 1e9, saved, lambda weights: -loss(weights)) == 0  # not to be told from rounding
 
 
@@ -191,8 +251,8 @@ def test_in_auto_mini_batches_are_told_from_their_gradients():
         rows = torch.randint(0, 32, (4,), generator=generator)
         task.x, task.y = x[rows], y[rows] + torch.randn(4, 1, generator=generator)
         task.step(step)
-    assert len(koop.jumps) <= 3  # and then no more
-    assert sum(jump.moves for jump in koop.jumps) <= 1  # by chance
+    assert len(koop.jumps) <= 5  # and then no more
+    assert sum(jump.moves for jump in koop.jumps) <= 2  # by chance
     assert any(jump.reason.startswith("noise: the guard's slope is off") for jump in koop.jumps)
 
 
@@ -238,8 +298,10 @@ def test_the_cost_of_a_direction_goes_by_the_bytes_of_pairs(weights):
     assert Costs.of(4 * weights, window=0).secants == 0.0  # none are asked for
 
 
-@pytest.mark.parametrize(("weights", "pairs"), [(1000, 100), (80_000, 100), (200_000, 41), (10**6, 8), (1_100_000, 0)])
-def test_by_default_there_are_as_many_pairs_as_64_mebibytes_hold(weights, pairs):
+@pytest.mark.parametrize(
+    ("weights", "pairs"), [(1000, 100), (20_000, 100), (50_000, 41), (200_000, 10), (800_000, 10), (900_000, 0)]
+)
+def test_by_default_there_are_as_many_pairs_as_memory_is_to_hold(weights, pairs):
     model = torch.nn.Linear(weights, 1, bias=False)
     koop = koopt.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, guard=lambda: 1.0)
     assert koop._settings.history == pairs

@@ -64,7 +64,7 @@ def test_memory_is_bounded_stated_and_of_the_dtype_asked_for():
     task = Task(sgd)
     size = flat(task.model).numel()
     koop = task.attach(dtype=torch.bfloat16, guard=task.loss, history=5)
-    assert koop.nbytes == size * (2 * (8 + 8) + 4 + 2 * 2 * 5 + 4 * 4) + 5 * (8 * 5 + 8 + 2)
+    assert koop.nbytes == size * (2 * (8 + 8) + 4 + 2 * 2 * 5 + 4 * 4) + 5 * (8 * 5 + 8 + 2) + 8
     before = koop.nbytes
     task.run(steps=100)
     assert koop.nbytes == before

@@ -14,13 +14,13 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import unseen
 from unseen_report import STANDS, TUNED, draw, markdown
-from unseen_tasks import FULL, LATER, NOISY
+from unseen_tasks import FULL, LATER, LATEST, NOISY
 
 from koopt import plot
 from koopt.bench.trials import Trials
 from koopt.experiments import data
 
-TASKS = {task.name: task for task in (*FULL, *LATER, *NOISY)}
+TASKS = {task.name: task for task in (*FULL, *LATER, *LATEST, *NOISY)}
 
 
 @pytest.fixture(scope="module", autouse=True)

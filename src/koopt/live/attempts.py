@@ -37,6 +37,7 @@ NOISY = "noise: the guard's slope is off that of the gradients"
 ALWAYS = 4  # steps along secants before each of which it is asked whether gradients are noise
 PRECONDITIONED = 'preconditioner: the optimizer holds matrices, and jumps do it harm; mode="jump" jumps all the same'
 AGAIN, SAME = 10, 1e-3  # steps along secants that follow one another before the guard is asked anew; how alike it is
+LONG = 10  # steps along secants in a row whose end is not counted against the budget
 RECORDED = 8  # points before a step along secants, where they are not tried again and again
 SCHEDULED = ("due", "wait", "began", "noisy", "spent", "following", "vain", "proven", "tries")
 log = logging.getLogger("koopt")
@@ -161,7 +162,7 @@ class Attempts:
             schedule.spent += 2 * SNAPSHOT
             if steps < schedule.following:
                 return False
-            most = TRIES + 2 * doubtful + (self._judge.refresh is not None)  # evaluations
+            most = TRIES + 3 * doubtful + (self._judge.refresh is not None)  # evaluations
             if not schedule.allows_secants(steps, most):
                 schedule.postpone(steps)
                 return False
@@ -204,6 +205,7 @@ class Attempts:
     def _follow(self, held: secants.Secants, steps: int, doubtful: bool) -> Jump:
         """Try a step along the secants; what one costs that is better is not counted against the budget.
 
+        Nor is the end of a long streak.
         As long as they are better each optimizer step is followed by another one, from where that began: its own move
         is given up, and only its gradient is of use.
         """
@@ -223,6 +225,8 @@ class Attempts:
                 streak.expected = 0.0
                 schedule.follow(steps)
         elif streak.moves:
+            if streak.moves >= LONG:
+                schedule.spent = spent
             self._end(steps, noisy=jump.reason.startswith(NOISY))
         if jump.reason == WORSE:
             held.clear()  # what was recorded misleads
@@ -319,7 +323,7 @@ class Attempts:
         parameters = list(self._weights.named.values())
         step = secants.newton(held, secants.adaptive(self._optimizer, parameters), self._ranks)
         if step is None:
-            return Found(f"secants: none of {held.pairs} tells of a minimum"), {}
+            return Found(f"secants: none of {held.pairs} tells of curvature"), {}
         step = secants.as_trained(step, self._optimizer, held.gradient, parameters, self._weights.values, self._ranks)
         self.schedule.tries += 1
         moves = self._streak.moves

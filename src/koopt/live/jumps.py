@@ -140,7 +140,7 @@ def search(
     return best._replace(reason="better", ahead=proposer.ahead(best.candidate, best.coefficients))
 
 
-SHORT, TOLERANCE, RESOLVED = 0.05, 0.15, 1e-5  # of a move; of its slope; of the loss
+SHORT, TOLERANCE, RESOLVED = (0.05, 0.005), 0.15, 1e-5  # of a move; of its slope; of the loss
 SUFFICIENT, SHORTEN = 1e-4, (0.05, 0.5)  # of the slope; of a length, to the next one
 
 
@@ -151,10 +151,11 @@ def disagreement(
     evaluate: Callable[[Sequence[Tensor]], float],
     ranks: Ranks | None = None,
 ) -> float:
-    """How far the guard's slope along a move is from that of the gradients, relatively, by two evaluations at most.
+    """How far the guard's slope along a move is from that of the gradients, relatively, by three evaluations at most.
 
     Where both are of the same loss it is about 0: then gradients are not noise. Under mini-batches it is of order 1.
-    Where the slope is too small to be told from rounding it is 0 as well.
+    Where the slope is too small to be told from rounding it is 0 as well. A bend of the loss, as of ReLU, looks like
+    noise from afar but not from nearby, so a slope that is off is looked at once more, along a tenth of the way.
 
     Args:
         found: a move along secants.
@@ -163,17 +164,20 @@ def disagreement(
         evaluate: the loss at other weights.
         ranks: the processes that hold the other columns.
     """
-    step = found.along
+    step, off = found.along, 0.0
     assert step is not None
     if start is None:
         start = loss_along(step, 0.0, saved, evaluate, ranks)[0]
-    short = SHORT * found.length
-    expected = step.slope * short
     if not math.isfinite(start):
         return math.inf
-    if -expected <= RESOLVED * abs(start):
-        return 0.0
-    return abs((loss_along(step, short, saved, evaluate, ranks)[0] - start) / expected - 1)
+    for share in SHORT:
+        expected = step.slope * share * found.length
+        if -expected <= RESOLVED * abs(start):
+            break
+        off = abs((loss_along(step, share * found.length, saved, evaluate, ranks)[0] - start) / expected - 1)
+        if off <= TOLERANCE:
+            break
+    return off
 
 
 def follow(
@@ -184,7 +188,7 @@ def follow(
     evaluate: Callable[[Sequence[Tensor]], float],
     ranks: Ranks | None = None,
 ) -> Found:
-    """Evaluate a step, then shorter ones until one lowers the loss as it should; the lowest is taken if it is lower.
+    """Evaluate a step, as much of it as it may be, then less until the loss falls as it should; the lowest is taken.
 
     Each next length is where the parabola through the losses has its minimum, between a twentieth and half of the last.
 
@@ -198,7 +202,7 @@ def follow(
 
     Source: Nocedal & Wright (2006), algorithm 3.1 and section 3.5.
     """
-    best, length = Found(WORSE, before), 1.0
+    best, length = Found(WORSE, before), step.longest
     for _ in range(count):
         loss, weights = loss_along(step, length, saved, evaluate, ranks)
         if loss < (before if best.after is None else best.after):

@@ -21,15 +21,17 @@ if TYPE_CHECKING:
     from koopt.exchange import Ranks
 
 EVERY = 4  # optimizer steps between points; momentum makes closer ones nearly alike
-MOST_PAIRS, MOST_BYTES, FEWEST_PAIRS = 100, 2**26, 8  # by default; fewer are not worth it
+MOST_PAIRS, MANY_BYTES, FEWEST_PAIRS, MOST_BYTES = 100, 2**24, 10, 2**26  # by default
 RECENT = 10  # pairs that the first guess is made of
-CONVEX = 1e-10  # the least cosine between the two halves of a pair that says something of a minimum
+CURVED = 1e-10  # the least cosine between the two halves of a pair that says something of the curvature
+FARTHEST = 0.3  # of the norm of all weights; a longer move may kill units that no gradient brings back
 
 
 class Secants:
     """The last `length` pairs of how weights and gradients changed from one point of the run to the next.
 
-    Across a jump a pair is as good as any other, so they outlast jumps.
+    Across a jump a pair is as good as any other, so they outlast jumps. Where the gradient shrank along a step its
+    change is kept with the sign turned: what is built on the pairs then leaves a saddle as fast as it nears a minimum.
 
     Args:
         tensors: the weights; their number and shapes do not change.
@@ -39,8 +41,9 @@ class Secants:
     Attributes:
         products: `(length, length)`, float64 on the CPU, of steps with changes as old or newer, once :meth:`measure`
             was called.
-        told: `(length,)`, which pairs tell of a minimum: steps along which the gradient grew.
+        told: `(length,)`, which pairs tell of curvature.
         expected: `(length,)`, products of step and change as they were expected to be; 0 where nothing was expected.
+        largest: `()`, of the norms of the weights at the points that were measured.
 
     >>> secants = Secants([torch.zeros(1)], 2, torch.float32, torch.device("cpu"))
     >>> for weight, gradient in ((4.0, 8.0), (3.0, 6.0)):
@@ -60,6 +63,7 @@ class Secants:
         self.products = torch.zeros(length, length, dtype=torch.float64)
         self.expected = torch.zeros(length, dtype=torch.float64)
         self.told = torch.zeros(length, dtype=torch.bool)
+        self.largest = torch.zeros((), dtype=torch.float64)
         self._new = torch.zeros(length, dtype=torch.bool)  # pairs that are not measured yet
 
     @property
@@ -94,11 +98,12 @@ class Secants:
     def clear(self) -> None:
         """Begin anew."""
         self.points = 0
-        for held in (self.products, self.expected, self.told, self._new):
+        for held in self.measured.values():
             held.zero_()
 
     def measure(self, ranks: Ranks | None) -> None:
-        """Renew `products` and `told` for the pairs that were recorded since."""
+        """Renew `products` and `told` for the pairs that were recorded since, and `largest` by the last point."""
+        torch.fmax(self.largest, reductions.norms(self.weights[None], ranks)[0], out=self.largest)
         new = self._new.nonzero().squeeze(1).tolist()
         if not new:
             return
@@ -106,23 +111,26 @@ class Secants:
         steps, changes = self.steps[:count], self.changes[:count]
         fresh, turned = (steps, changes) if len(new) == count else (steps[new], changes[new])
         self.products[:count, new] = reductions.products(steps, turned, ranks)
-        least = CONVEX * reductions.norms(fresh, ranks) * reductions.norms(turned, ranks)
+        least = CURVED * reductions.norms(fresh, ranks) * reductions.norms(turned, ranks)
         curved = self.products.diagonal()[new]
-        self.told[new] = curved.isfinite() & (curved > least)
+        for row in itertools.compress(new, (curved < -least).tolist()):
+            for held in (self.changes[row], self.products[:, row]):
+                held.neg_()
+        self.told[new] = curved.isfinite() & (curved.abs() > least)
         for row in itertools.compress(new, (~curved.isfinite()).tolist()):  # else they spoil sums in which they are 0
             for held in (self.steps[row], self.changes[row], self.products[row], self.products[:, row]):
                 held.zero_()
         self._new.zero_()
 
     def order(self) -> list[int]:
-        """Rows of the pairs that tell of a minimum, the oldest first."""
+        """Rows of the pairs that tell of curvature, the oldest first."""
         newest, told, length = max(self.points - 1, 0), self.told.tolist(), len(self.steps)
         rows = (i % length for i in range(newest - min(newest, length), newest))
         return [row for row in rows if told[row]]
 
     @property
     def nbytes(self) -> int:
-        small = self.products.nbytes + self.expected.nbytes + 2 * self.told.nbytes
+        small = sum(held.nbytes for held in self.measured.values())
         return self.steps.nbytes + self.changes.nbytes + 4 * self.weights.nbytes + small
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,7 +146,8 @@ class Secants:
     @property
     def measured(self) -> dict[str, Tensor]:
         """The rest of the state, whose size does not depend on the weights; to be written to as well."""
-        return {"products": self.products, "expected": self.expected, "told": self.told, "new": self._new}
+        held = {"products": self.products, "expected": self.expected, "largest": self.largest}
+        return held | {"told": self.told, "new": self._new}
 
 
 def nbytes_of(tensors: Sequence[Tensor], length: int, dtype: torch.dtype) -> int:
@@ -148,13 +157,14 @@ def nbytes_of(tensors: Sequence[Tensor], length: int, dtype: torch.dtype) -> int
 
 
 def default_length(tensors: Sequence[Tensor], dtype: torch.dtype) -> int:
-    """100 pairs, or as many as 64 MiB hold; none where these are fewer than 8.
+    """100 pairs, or as many as 16 MiB hold, but 10 at least; none where 64 MiB do not hold these.
 
-    >>> [default_length([torch.zeros(size, device="meta")], torch.float32) for size in (10**3, 10**6, 10**7)]
-    [100, 8, 0]
+    >>> [default_length([torch.zeros(size, device="meta")], torch.float32) for size in (10**3, 10**5, 10**6)]
+    [100, 20, 0]
     """
-    length = min(MOST_PAIRS, MOST_BYTES // max(1, 2 * dtype.itemsize * sum(tensor.numel() for tensor in tensors)))
-    return length if length >= FEWEST_PAIRS else 0
+    each = 2 * dtype.itemsize * sum(tensor.numel() for tensor in tensors)
+    length = min(MOST_PAIRS, max(FEWEST_PAIRS, MANY_BYTES // max(1, each)))
+    return length if length * each <= MOST_BYTES else 0
 
 
 def gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[Any]) -> list[Tensor]:
@@ -206,15 +216,17 @@ class Step(NamedTuple):
 
     Attributes:
         origin: `(state,)`, that point.
-        direction: `(state,)`, to where the gradient would vanish if it were linear.
+        direction: `(state,)`, to where the gradient would vanish if it were linear, as far from a saddle.
         pairs: how many it rests on.
         slope: of the loss along `direction`, by the gradient at `origin`.
+        longest: how much of it a move may be.
     """
 
     origin: Tensor
     direction: Tensor
     pairs: int
     slope: float
+    longest: float = 1.0
 
 
 @torch.no_grad()
@@ -240,7 +252,7 @@ def as_trained(
     >>> one, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1), requires_grad=False)
     >>> optimizer = torch.optim.SGD([one, other], lr=0.1)
     >>> as_trained(step, optimizer, torch.tensor([-1.0, -2.0]), [one, other], [torch.ones(1), torch.ones(1)])
-    Step(origin=tensor([0., 1.]), direction=tensor([1., 0.]), pairs=1, slope=-1.0)
+    Step(origin=tensor([0., 1.]), direction=tensor([1., 0.]), pairs=1, slope=-1.0, longest=1.0)
     """
     still, groups = frozen(optimizer, parameters), groups_of(optimizer)
     decays = [
@@ -260,7 +272,7 @@ def as_trained(
             along.zero_()
         elif decay:
             along.sub_(there, alpha=decay)
-    return Step(origin, direction, step.pairs, reductions.dot(gradient, direction, ranks))
+    return step._replace(origin=origin, direction=direction, slope=reductions.dot(gradient, direction, ranks))
 
 
 @torch.no_grad()
@@ -273,20 +285,20 @@ def newton(secants: Secants, scaling: Tensor | None = None, ranks: Ranks | None 
         ranks: the processes that hold the other columns.
 
     Returns:
-        None where no pair tells of a minimum, it is not finite, or it does not lead downhill.
+        None where no pair tells of curvature, it is not finite, or it does not lead downhill.
 
     Source: Nocedal (1980), the two-loop recursion, whose loops are substitutions with the products of steps and changes
     (Byrd, Nocedal & Schnabel, 1994), so that the pairs are gone through all at once. Where a pair has less curvature
     than was expected, all curvature from before it is shrunk as much (Al-Baali, 1998). For a quadratic loss the
     generator of the flow's Koopman operator on the weights is minus the Hessian, whose action on the recorded span the
-    pairs are.
+    pairs are. Negative curvature counts as positive (Dauphin et al., 2014, saddle-free Newton).
 
     >>> secants = Secants([torch.zeros(1)], 2, torch.float64, torch.device("cpu"))
     >>> for weight in (4.0, 3.0):
     ...     secants.begin([torch.tensor([weight])])
     ...     secants.end([2 * torch.tensor([weight])])
-    >>> newton(secants).direction
-    tensor([-3.], dtype=torch.float64)
+    >>> newton(secants).direction, newton(secants).longest
+    (tensor([-3.], dtype=torch.float64), 0.3)
     """
     finer, gradient = secants.weights.dtype, secants.gradient
     secants.measure(ranks)
@@ -311,7 +323,10 @@ def newton(secants: Secants, scaling: Tensor | None = None, ranks: Ranks | None 
     found += _summed(_solved(bends.T, curved * shares / growth - turned, upper=False), steps, order)
     found.mul_(growth[-1].item())
     slope = reductions.dot(gradient, found, ranks)
-    return Step(secants.weights, found, len(kept), slope) if slope < 0 else None
+    if not slope < 0:
+        return None
+    reach, far = FARTHEST * secants.largest.item(), reductions.norms(found[None], ranks).item()
+    return Step(secants.weights, found, len(kept), slope, min(1.0, reach / far) if reach else 1.0)
 
 
 def first_guess(
@@ -325,7 +340,8 @@ def first_guess(
     The root mean square of the steps over that of the changes; with the optimizer's own scaling the geometric mean of
     both, as that is of all of the run so far, and this of the last steps only. 0 where the gradient did not change.
 
-    >>> steps, changes = torch.tensor([[3.0, 1.0], [4.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    >>> steps = [torch.tensor([3.0, 1.0]), torch.tensor([4.0, 1.0])]
+    >>> changes = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])]
     >>> first_guess(steps, changes, None, torch.float32)
     tensor([5., 0.])
     >>> first_guess(steps, changes, torch.tensor([20.0, 1.0]), torch.float32)
