@@ -73,7 +73,7 @@ def attach(
             last half is rough, and by that half where it is smooth; if there are fewer than 12, by all of them. None:
             60, at most a cycle.
         history: how many pairs of changes of weights and gradients are kept for steps along secants; 0: no such steps;
-            None: 100, or as many as 64 MiB hold, or none where these are fewer than 8.
+            None: 100, or as many as 16 MiB hold, but 10 at least, or none where 64 MiB do not hold these.
         momentum: after a jump "keep" it, "reset" it to zero, "scale" it by the square root of the loss ratio, or
             "combine" its recorded values as the weights were. L-BFGS starts anew, since it compares gradients of
             successive points.
