@@ -130,8 +130,8 @@ def test_guards_that_differ_do_not_split_the_decision(pair, kind):
 @pytest.mark.parametrize("call", [1, 3])
 def test_a_guard_that_fails_in_one_process_fails_in_all(pair, kind, call):
     first, second = pair.both(bowed, kind, at=call, what=fail)
-    assert second["error"] == "ValueError: no such batch"
-    assert first["error"] == "RuntimeError: guard failed in process 1 of 2: ValueError: no such batch"
+    assert second["error"] == "LookupError: no such batch"
+    assert first["error"] == "RuntimeError: guard failed in process 1 of 2: LookupError: no such batch"
     assert torch.equal(first["weights"], second["weights"])
     assert first["held"] is None
 

@@ -49,6 +49,27 @@ def test_nothing_but_a_strictly_better_loss_is_accepted():
         assert bowl.koop.jumps[0].reason == "no candidate was better"
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, ValueError, torch.linalg.LinAlgError])
+@pytest.mark.parametrize("defined", [True, False])
+def test_where_a_guard_is_not_defined_its_loss_is_infinite_if_it_ever_was(error, defined):
+    calls = []
+
+    def guard():
+        calls.append(1)
+        if len(calls) == 1 and defined:
+            return 1.0
+        raise error("a covariance is not positive definite")
+
+    bowl = Bowl(cycle=20, tail=10, guard=guard)
+    bowl.run(19)
+    if defined:
+        bowl.step()
+        assert (bowl.koop.jumps[0].reason, len(calls)) == ("no candidate was better", 16)
+    else:
+        with pytest.raises(error, match="not positive definite"):
+            bowl.step()
+
+
 def test_weights_that_overflow_are_never_written():
     seen = []
     bowl = Bowl(rates=(0.1, 0.1), dtype=torch.float16, cycle=12, tail=12, max_overhead=1.0)
@@ -70,7 +91,7 @@ def test_weights_that_overflow_are_never_written():
     assert koop.jumps[0].evaluations < 16  # some candidates were not even tried
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_in_the_guard_restores_the_weights_and_passes_on(error):
     task, plain = Task(**STATEFUL), Task(**STATEFUL)
     calls = []

@@ -481,7 +481,7 @@ def test_a_jump_by_hand_ends_the_steps_along_secants_and_may_begin_others():
     assert valley.loss().item() < before
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_on_the_way_leaves_the_optimizers_move_and_the_run_goes_on(error):
     fails = False
 

@@ -175,7 +175,7 @@ def bowed(kind, steps=30, at=None, what=None):
     error = None
     try:
         task.run(steps)
-    except (ValueError, RuntimeError) as caught:
+    except (ValueError, LookupError, RuntimeError) as caught:
         error = f"{type(caught).__name__}: {caught}"
     return {"jumps": task.jumps, "weights": task.weights, "error": error, "held": task.koop._weights.holder}
 
@@ -185,7 +185,7 @@ def nothing():
 
 
 def fail():
-    raise ValueError("no such batch")
+    raise LookupError("no such batch")
 
 
 def die():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from koopt import distributed
 from koopt.live.candidates import finite
@@ -16,11 +19,13 @@ from koopt.live.refreshing import refreshed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    import torch
     from torch import Tensor, nn
 
     from koopt.exchange import Ranks
     from koopt.live.weights import Weights
+
+UNDEFINED = ArithmeticError, ValueError, torch.linalg.LinAlgError  # as where a covariance is not positive definite
+log = logging.getLogger("koopt")
 
 
 class Judge:
@@ -58,6 +63,7 @@ class Judge:
     ) -> None:
         self.guard, self.refresh = guard, refresh
         self.sound, self.evaluations = False, 0
+        self._defined = False  # whether it was, at any weights
         self._optimizer, self._model, self._weights, self._ranks = optimizer, model, weights, ranks
         self._surroundings: Surroundings | None = None
 
@@ -83,12 +89,22 @@ class Judge:
                 self._surroundings = None
 
     def loss(self, weights: Sequence[Tensor]) -> float:
-        """The guard's loss at weights, which stay in the model."""
-        assert self.guard is not None
+        """The guard's loss at weights, which stay in the model; infinite where it is not defined, once it was."""
         self.evaluations += 1
         self._weights.write(weights)
-        measured = functools.partial(measure, self.guard, self._model, self._surroundings)
-        return distributed.mean_of(measured, self._ranks, "guard")
+        return distributed.mean_of(self._measured, self._ranks, "guard")
+
+    def _measured(self) -> float:
+        assert self.guard is not None
+        try:
+            loss = measure(self.guard, self._model, self._surroundings)
+        except UNDEFINED as error:
+            if not self._defined:
+                raise
+            log.info("the guard is not defined at a candidate: %s: %.200s", type(error).__name__, error)
+            return math.inf
+        self._defined = True
+        return loss
 
     def best(
         self, searching: Callable[[Sequence[Tensor], float], Found], before: float | None = None
