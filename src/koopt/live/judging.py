@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from koopt.exchange import Ranks
     from koopt.live.weights import Weights
 
-UNDEFINED = ArithmeticError, ValueError, torch.linalg.LinAlgError  # as where a covariance is not positive definite
+UNDEFINED = (  # as where a covariance is not positive definite
+    ArithmeticError,
+    ValueError,
+    torch.linalg.LinAlgError,  # pyright: ignore[reportPrivateImportUsage], as it is documented
+)
 log = logging.getLogger("koopt")
 
 
