@@ -312,7 +312,10 @@ def test_an_early_end_leaves_nothing(number, said, tmp_path):
         "def write(*a): print('writing', flush=True); time.sleep(5); old(*a)\n"
         "writing.write = write\n"
     )
-    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs may ignore it
+    heard = (  # background jobs may ignore the one, and what nohup starts the other
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    )
     command = [sys.executable, "-c", heard + slow + SCRIPT, "forecast", *given, "--ahead", "1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, "-o", str(tmp_path / "out.safetensors")], **pipes) as child:
