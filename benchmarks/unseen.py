@@ -1,4 +1,4 @@
-"""Time to target on training loops on which no setting of koopt was chosen (`unseen_tasks.py`).
+"""Time to target on training loops on which no setting of jumps was chosen (`unseen_tasks.py`).
 
     python benchmarks/unseen.py                      # all; rerunning it resumes
     python benchmarks/unseen.py sines logistic --seeds 3 --quick

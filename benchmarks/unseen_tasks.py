@@ -1,4 +1,4 @@
-"""Training loops as people write them, on which no setting of koopt was chosen: tasks of `unseen.py`."""
+"""Training loops as people write them, on which no setting of jumps was chosen: tasks of `unseen.py`."""
 
 from __future__ import annotations
 
