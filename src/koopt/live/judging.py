@@ -67,7 +67,6 @@ class Judge:
     ) -> None:
         self.guard, self.refresh = guard, refresh
         self.sound, self.evaluations = False, 0
-        self._defined = False  # whether it was, at any weights
         self._optimizer, self._model, self._weights, self._ranks = optimizer, model, weights, ranks
         self._surroundings: Surroundings | None = None
 
@@ -93,22 +92,22 @@ class Judge:
                 self._surroundings = None
 
     def loss(self, weights: Sequence[Tensor]) -> float:
-        """The guard's loss at weights, which stay in the model; infinite where it is not defined, once it was."""
+        """The guard's loss at weights, which stay in the model; infinite where it is not defined, once it was finite."""
         self.evaluations += 1
         self._weights.write(weights)
-        return distributed.mean_of(self._measured, self._ranks, "guard")
+        loss = distributed.mean_of(self._measured, self._ranks, "guard")
+        self.sound = self.sound or math.isfinite(loss)
+        return loss
 
     def _measured(self) -> float:
         assert self.guard is not None
         try:
-            loss = measure(self.guard, self._model, self._surroundings)
+            return measure(self.guard, self._model, self._surroundings)
         except UNDEFINED as error:
-            if not self._defined:
+            if not self.sound:
                 raise
             log.info("the guard is not defined at a candidate: %s: %.200s", type(error).__name__, error)
             return math.inf
-        self._defined = True
-        return loss
 
     def best(
         self, searching: Callable[[Sequence[Tensor], float], Found], before: float | None = None
@@ -128,7 +127,6 @@ class Judge:
                 if not self.sound:
                     raise ValueError(f"guard returned {before} at the weights as they are, expected a finite loss")
                 return Found(f"the guard is {before} at the weights as they are"), {}
-            self.sound = True
             found = searching(saved, before)
             if found.weights is None or self.refresh is None:
                 return found, {}

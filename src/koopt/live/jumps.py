@@ -140,7 +140,9 @@ def search(
     return best._replace(reason="better", ahead=proposer.ahead(best.candidate, best.coefficients))
 
 
-SHORT, TOLERANCE, RESOLVED = (0.05, 0.005), 0.15, 1e-5  # of a move; of its slope; of the loss
+SHORT, TOLERANCE = 0.05, 0.15  # so much of a move; by how much of its slope the guard's may be off there
+NEAR, STRICTER = 0.005, 0.05  # the same where it is off; noise is as large there, and by chance within 0.15
+RESOLVED = 1e-5  # of the loss
 SUFFICIENT, SHORTEN = 1e-4, (0.05, 0.5)  # of the slope; of a length, to the next one
 
 
@@ -164,20 +166,21 @@ def disagreement(
         evaluate: the loss at other weights.
         ranks: the processes that hold the other columns.
     """
-    step, off = found.along, 0.0
+    step = found.along
     assert step is not None
     if start is None:
         start = loss_along(step, 0.0, saved, evaluate, ranks)[0]
     if not math.isfinite(start):
         return math.inf
-    for share in SHORT:
+    offs = [0.0]
+    for share, tolerance in ((SHORT, TOLERANCE), (NEAR, STRICTER)):
         expected = step.slope * share * found.length
         if -expected <= RESOLVED * abs(start):
             break
-        off = abs((loss_along(step, share * found.length, saved, evaluate, ranks)[0] - start) / expected - 1)
-        if off <= TOLERANCE:
-            break
-    return off
+        offs.append(abs((loss_along(step, share * found.length, saved, evaluate, ranks)[0] - start) / expected - 1))
+        if offs[-1] <= tolerance:
+            return offs[-1]
+    return max(offs)
 
 
 def follow(
