@@ -92,7 +92,7 @@ class Judge:
                 self._surroundings = None
 
     def loss(self, weights: Sequence[Tensor]) -> float:
-        """The guard's loss at weights, which stay in the model; infinite where it is not defined, once it was finite."""
+        """The guard's loss at weights, left in the model; infinite where it is not defined, once it was finite."""
         self.evaluations += 1
         self._weights.write(weights)
         loss = distributed.mean_of(self._measured, self._ranks, "guard")
