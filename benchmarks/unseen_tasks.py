@@ -35,26 +35,39 @@ def perceptron(*sizes: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequent
     return nn.Sequential(*[module for pair in layers for module in pair][:-1])
 
 
-def on_all(network: nn.Module, loss: Callable[[], Tensor]) -> Problem:
-    """Full batches."""
-    return making.full_batch(network, None, lambda _: loss(), lambda: math.nan)
+def on_all(network: nn.Module, loss: Callable[[], Tensor], held: Callable[[], Tensor] | None = None) -> Problem:
+    """Full batches; `held`: the loss on what was held out, where there is such."""
+
+    def test() -> float:
+        with torch.no_grad():
+            return math.nan if held is None else held().item()
+
+    return making.full_batch(network, None, lambda _: loss(), test)
 
 
 def fit(
-    make: Callable[[], nn.Module], points: Callable[[], tuple[Tensor, Tensor]], seed: int, guarded: bool
+    make: Callable[[], nn.Module],
+    points: Callable[[], tuple[Tensor, Tensor]],
+    others: Callable[[], tuple[Tensor, Tensor]] | None,
+    seed: int,
+    guarded: bool,
 ) -> Problem:
-    """Least squares on all points."""
-    network, (inputs, wanted) = making.initialized(make, seed), points()
-    return on_all(network, lambda: functional.mse_loss(network(inputs), wanted))
+    """Least squares on all points; `others` are held out."""
+    network = making.initialized(make, seed)
+
+    def misses(inputs: Tensor, wanted: Tensor) -> Tensor:
+        return functional.mse_loss(network(inputs), wanted)
+
+    return on_all(network, partial(misses, *points()), None if others is None else partial(misses, *others()))
 
 
-def two_sines() -> tuple[Tensor, Tensor]:
-    x = torch.linspace(-1, 1, 256)[:, None]
+def two_sines(count: int = 256) -> tuple[Tensor, Tensor]:
+    x = torch.linspace(-1, 1, count)[:, None]
     return x, torch.sin(6 * x) + 0.3 * torch.sin(17 * x)
 
 
-def signed_root() -> tuple[Tensor, Tensor]:
-    x = torch.linspace(-1, 1, 200)[:, None]
+def signed_root(count: int = 200) -> tuple[Tensor, Tensor]:
+    x = torch.linspace(-1, 1, count)[:, None]
     return x, x.sign() * x.abs().sqrt()
 
 
@@ -68,9 +81,9 @@ def four_layers() -> nn.Module:
     return nn.Sequential(*[nn.Linear(20, width, bias=False) for width in (20, 20, 20, 10)])
 
 
-def waves() -> tuple[Tensor, Tensor]:
+def waves(draw: int = 2) -> tuple[Tensor, Tensor]:
     """Sixteen sines, each to be forecast one step ahead."""
-    generator = drawn(2)
+    generator = drawn(draw)
     phase, frequency = torch.rand(2, 16, 1, generator=generator)
     series = torch.sin(math.tau * phase + (0.5 + frequency) * 0.3 * torch.arange(33))[..., None]
     return series[:, :-1], series[:, 1:]
@@ -122,24 +135,38 @@ def poisson(seed: int, guarded: bool) -> Problem:
             bends = [torch.autograd.grad(slope[:, i].sum(), places, create_graph=True)[0][:, i] for i in (0, 1)]
             return (bends[0] + bends[1] - source).square().mean()
 
-    return on_all(network, loss)
+    def error() -> Tensor:
+        """Of the solution, squared."""
+        places = torch.rand(1000, 2, generator=drawn(20))
+        u = (places * (1 - places)).prod(dim=1) * network(places).squeeze(1)
+        return (u - torch.sin(math.pi * places).prod(dim=1)).square().mean()
+
+    return on_all(network, loss, error)
 
 
-def digits(count: int) -> tuple[Tensor, Tensor]:
+def digits(first: int, last: int) -> tuple[Tensor, Tensor]:
     mnist = data.mnist()
-    return classifier.normalized(mnist.train_images[:count]), mnist.train_labels[:count]
+    return classifier.normalized(mnist.train_images[first:last]), mnist.train_labels[first:last]
 
 
 def classify(make: Callable[[], nn.Module], count: int, seed: int, guarded: bool) -> Problem:
-    """Some digits, all of them at each step."""
-    network, (images, labels) = making.initialized(make, seed), digits(count)
-    return on_all(network, lambda: functional.cross_entropy(network(images), labels))
+    """Some digits, all of them at each step; 2,000 others are held out."""
+    network = making.initialized(make, seed)
+
+    def misses(images: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(network(images), labels)
+
+    return on_all(network, partial(misses, *digits(0, count)), partial(misses, *digits(count, count + 2000)))
 
 
 def autoencoder(activation: type[nn.Module], seed: int, guarded: bool) -> Problem:
     network = making.initialized(partial(perceptron, 784, 64, 16, 64, 784, activation=activation), seed)
-    images = data.mnist().train_images[:200].float() / 255
-    return on_all(network, lambda: functional.mse_loss(torch.sigmoid(network(images)), images))
+    images, others = (data.mnist().train_images[:1200].float() / 255).split([200, 1000])
+
+    def misses(images: Tensor) -> Tensor:
+        return functional.mse_loss(torch.sigmoid(network(images)), images)
+
+    return on_all(network, partial(misses, images), partial(misses, others))
 
 
 class Factors(nn.Module):
@@ -153,7 +180,11 @@ def completion(seed: int, guarded: bool) -> Problem:
     network, generator = making.initialized(partial(Factors, 100), seed), drawn(1)
     truth = torch.randn(100, 5, generator=generator) @ torch.randn(5, 100, generator=generator)
     known = torch.rand(100, 100, generator=generator) < 0.4
-    return on_all(network, lambda: (network.left @ network.right.T - truth)[known].square().mean())
+
+    def misses(entries: Tensor) -> Tensor:
+        return (network.left @ network.right.T - truth)[entries].square().mean()
+
+    return on_all(network, partial(misses, known), partial(misses, ~known))
 
 
 class Graph(nn.Module):
@@ -189,7 +220,11 @@ def graph(dropout: float, seed: int, guarded: bool) -> Problem:
         with making.mode(network, training=False), torch.no_grad():
             return functional.cross_entropy(network(features)[nodes], labels[nodes])
 
-    problem = on_all(network, lambda: functional.cross_entropy(network(features)[known], labels[known]))
+    problem = on_all(
+        network,
+        lambda: functional.cross_entropy(network(features)[known], labels[known]),
+        lambda: evaluated(held),
+    )
     if not dropout:
         return problem
     return replace(problem, guard=lambda: evaluated(guard), validate=lambda: evaluated(held).item())
@@ -217,10 +252,14 @@ class Flow(nn.Module):
 def moons(seed: int, guarded: bool) -> Problem:
     """The density of two moons; 5 is added to the loss, so that shares of it make sense."""
     network, generator = making.initialized(Flow, seed), drawn(5)
-    angle, up = math.pi * torch.rand(256, generator=generator), torch.arange(256) % 2
-    moon = torch.stack([torch.cos(angle) + up - 0.5, torch.sin(angle) * (1 - 2 * up) + 0.5 * up], dim=1)
-    moon += 0.08 * torch.randn(256, 2, generator=generator)
-    return on_all(network, lambda: 5 + network(moon).mean())
+
+    def points(count: int) -> Tensor:
+        angle, up = math.pi * torch.rand(count, generator=generator), torch.arange(count) % 2
+        moon = torch.stack([torch.cos(angle) + up - 0.5, torch.sin(angle) * (1 - 2 * up) + 0.5 * up], dim=1)
+        return moon + 0.08 * torch.randn(count, 2, generator=generator)
+
+    moon, others = points(256), points(1000)
+    return on_all(network, lambda: 5 + network(moon).mean(), lambda: 5 + network(others).mean())
 
 
 class Point(nn.Module):
@@ -239,12 +278,10 @@ def quadratic(seed: int, guarded: bool) -> Problem:
 
 def heat(seed: int, guarded: bool) -> Problem:
     """A physics-informed network for the heat equation with a source, initial and boundary values built in."""
-    network, places = (
-        making.initialized(partial(perceptron, 2, 24, 24, 1), seed),
-        torch.rand(150, 2, generator=drawn(11)),
-    )
+    network = making.initialized(partial(perceptron, 2, 24, 24, 1), seed)
+    places, others = torch.rand(150, 2, generator=drawn(11)), torch.rand(1000, 2, generator=drawn(25))
 
-    def loss() -> Tensor:
+    def residual(places: Tensor) -> Tensor:
         with torch.enable_grad():
             points = places.clone().requires_grad_()
             x, t = points.unbind(1)
@@ -253,7 +290,7 @@ def heat(seed: int, guarded: bool) -> Problem:
             bend = torch.autograd.grad(slopes[:, 0].sum(), points, create_graph=True)[0][:, 0]
             return (slopes[:, 1] - 0.1 * bend - torch.sin(5 * x * t)).square().mean()
 
-    return on_all(network, loss)
+    return on_all(network, partial(residual, places), partial(residual, others))
 
 
 class Running(nn.Module):
@@ -265,13 +302,13 @@ class Running(nn.Module):
         return self.out(self.lstm(series)[0])
 
 
-def largest_so_far() -> tuple[Tensor, Tensor]:
-    series = torch.randn(40, 16, 1, generator=drawn(12))
+def largest_so_far(draw: int = 12) -> tuple[Tensor, Tensor]:
+    series = torch.randn(40, 16, 1, generator=drawn(draw))
     return series, series.cummax(dim=1).values
 
 
-def hills() -> tuple[Tensor, Tensor]:
-    x = 2 * torch.rand(300, 2, generator=drawn(13)) - 1
+def hills(draw: int = 13) -> tuple[Tensor, Tensor]:
+    x = 2 * torch.rand(300, 2, generator=drawn(draw)) - 1
     return x, (torch.sin(3 * x[:, :1]) * torch.cos(3 * x[:, 1:]))
 
 
@@ -312,8 +349,9 @@ def mixture(seed: int, guarded: bool) -> Problem:
     """Points about six centres; 5 is added to the loss, so that shares of it make sense."""
     network, generator = making.initialized(Mixture, seed), drawn(15)
     spread = 0.3 * torch.randn(600, 2, generator=generator)
-    points = (2 * torch.randn(6, 2, generator=generator)).repeat(100, 1) + spread
-    return on_all(network, lambda: 5 + network(points).mean())
+    centres = (2 * torch.randn(6, 2, generator=generator)).repeat(100, 1)
+    points, others = centres + spread, centres + 0.3 * torch.randn(600, 2, generator=generator)
+    return on_all(network, lambda: 5 + network(points).mean(), lambda: 5 + network(others).mean())
 
 
 def convolutions() -> nn.Module:
@@ -347,13 +385,14 @@ def process(seed: int, guarded: bool) -> Problem:
 
 def trajectories(seed: int, guarded: bool) -> Problem:
     """The law of a damped pendulum from where it was, through 20 Runge-Kutta steps of a network."""
-    network, starts = making.initialized(partial(perceptron, 2, 32, 2), seed), torch.randn(12, 2, generator=drawn(17))
+    network = making.initialized(partial(perceptron, 2, 32, 2), seed)
+    starts, others = torch.randn(12, 2, generator=drawn(17)), torch.randn(100, 2, generator=drawn(24))
 
     def pendulum(state: Tensor) -> Tensor:
         angle, speed = state.unbind(1)
         return torch.stack([speed, -2 * torch.sin(angle) - 0.2 * speed], dim=1)
 
-    def followed(law: Callable[[Tensor], Tensor]) -> Tensor:
+    def followed(law: Callable[[Tensor], Tensor], starts: Tensor) -> Tensor:
         states = [starts]
         for _ in range(20):
             first = law(states[-1])
@@ -363,8 +402,11 @@ def trajectories(seed: int, guarded: bool) -> Problem:
             states.append(states[-1] + 0.1 / 6 * (first + 2 * second + 2 * third + fourth))
         return torch.stack(states)
 
-    wanted = followed(pendulum)
-    return on_all(network, lambda: functional.mse_loss(followed(network), wanted))
+    def misses(starts: Tensor, wanted: Tensor) -> Tensor:
+        return functional.mse_loss(followed(network, starts), wanted)
+
+    known, held = ((places, followed(pendulum, places)) for places in (starts, others))
+    return on_all(network, partial(misses, *known), partial(misses, *held))
 
 
 class Map(nn.Module):
@@ -457,7 +499,7 @@ def supervised(network: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor]
 
 def digits_in_batches(seed: int, guarded: bool) -> Problem:
     network = making.initialized(partial(perceptron, 784, 64, 10, activation=nn.ReLU), seed)
-    return rows_in_batches(network, digits(20_000), 15_000, 128, supervised(network, functional.cross_entropy), seed)
+    return rows_in_batches(network, digits(0, 20_000), 15_000, 128, supervised(network, functional.cross_entropy), seed)
 
 
 def denoising(seed: int, guarded: bool) -> Problem:
@@ -547,11 +589,21 @@ def task(
 small, wide = partial(perceptron, 1, 64, 64, 1), partial(perceptron, 1, 50, 50, 1)
 deep = partial(perceptron, 1, *[32] * 10, 1)
 FULL = (
-    task("sines", "1:64:64:1, tanh, Adam", partial(fit, small, two_sines), 3000, "adam", 1e-3),
-    task("root", "1:50:50:1, tanh, RMSprop", partial(fit, wide, signed_root), 3000, "rmsprop", 1e-3, "cosine"),
-    task("deep-linear", "four linear layers, SGD", partial(fit, four_layers, badly_scaled), 4000, "sgd", 2e-3),
-    task("waves", "a GRU of 24 units, Adam", partial(fit, Recurrent, waves), 1000, "adam", 3e-3),
-    task("picture", "SIREN, Adam", partial(fit, siren, picture), 1500, "adam", 1e-4),
+    task(
+        "sines", "1:64:64:1, tanh, Adam", partial(fit, small, two_sines, partial(two_sines, 2001)), 3000, "adam", 1e-3
+    ),
+    task(
+        "root",
+        "1:50:50:1, tanh, RMSprop",
+        partial(fit, wide, signed_root, partial(signed_root, 2001)),
+        3000,
+        "rmsprop",
+        1e-3,
+        "cosine",
+    ),
+    task("deep-linear", "four linear layers, SGD", partial(fit, four_layers, badly_scaled, None), 4000, "sgd", 2e-3),
+    task("waves", "a GRU of 24 units, Adam", partial(fit, Recurrent, waves, partial(waves, 21)), 1000, "adam", 3e-3),
+    task("picture", "SIREN, Adam", partial(fit, siren, picture, None), 1500, "adam", 1e-4),
     task("poisson", "physics-informed, 2:32:32:1, Adam", poisson, 1500, "adam", 3e-3, "cosine"),
     task(
         "logistic", "784:10, 1,000 digits, SGD", partial(classify, partial(nn.Linear, 784, 10), 1000), 1500, "sgd", 0.03
@@ -572,11 +624,18 @@ FULL = (
 )
 LATER = (  # added once steps along secants followed one another, and not looked at before
     task("heat", "physics-informed, 2:24:24:1, Adam", heat, 1200, "adam", 2e-3),
-    task("running", "an LSTM of 16 units, Adam", partial(fit, Running, largest_so_far), 800, "adam", 3e-3),
+    task(
+        "running",
+        "an LSTM of 16 units, Adam",
+        partial(fit, Running, largest_so_far, partial(largest_so_far, 22)),
+        800,
+        "adam",
+        3e-3,
+    ),
     task(
         "hills",
         "2:64:64:1, ReLU, AdamW",
-        partial(fit, partial(perceptron, 2, 64, 64, 1, activation=nn.ReLU), hills),
+        partial(fit, partial(perceptron, 2, 64, 64, 1, activation=nn.ReLU), hills, partial(hills, 23)),
         1500,
         "adamw",
         1e-3,
@@ -587,7 +646,14 @@ LATER = (  # added once steps along secants followed one another, and not looked
 )
 LATEST = (  # added once moves were bounded and saddles left, and but for the first not looked at before
     task("saddle", "784:64:16:64:784, tanh, 200 digits, Adam", partial(autoencoder, nn.Tanh), 1000, "adam", 1e-3),
-    task("deep", "ten layers of 32, tanh, Adam", partial(fit, deep, two_sines), 1500, "adam", 1e-3),
+    task(
+        "deep",
+        "ten layers of 32, tanh, Adam",
+        partial(fit, deep, two_sines, partial(two_sines, 2001)),
+        1500,
+        "adam",
+        1e-3,
+    ),
     task("process", "a Gaussian process of six parameters, Adam", process, 400, "adam", 0.03),
     task("trajectories", "2:32:2 in Runge-Kutta steps, Adam", trajectories, 600, "adam", 3e-3),
     task("scaling", "multidimensional scaling, Adam", scaling_down, 800, "adam", 0.03),

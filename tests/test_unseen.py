@@ -1,4 +1,4 @@
-"""The tasks of benchmarks/unseen.py, and what it makes of their runs."""
+"""The tasks of benchmarks/unseen.py and held_out.py, and what these make of their runs."""
 
 import hashlib
 import math
@@ -12,11 +12,13 @@ from digits import write as write_digits
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import held_out
 import unseen
 from unseen_report import STANDS, TUNED, draw, markdown
 from unseen_tasks import FULL, LATER, LATEST, NOISY
 
 from koopt import plot
+from koopt.bench.run import Curve, Record
 from koopt.bench.trials import Trials
 from koopt.experiments import data
 
@@ -54,6 +56,34 @@ def test_a_task_is_made_by_its_seed_and_its_losses_are_sound(name):
             == pytest.approx(loss.item(), rel=1e-5)
             == pytest.approx(one.validate(), rel=1e-5)
         )
+
+
+@pytest.mark.parametrize("name", held_out.NAMES + held_out.LATER_NAMES)
+def test_what_is_held_out_is_other_data(name):
+    problem = held_out.held_out(TASKS[name]).problem(0, True)
+    held, trained = problem.validate(), problem.guard().item()
+    assert math.isfinite(held)
+    assert held == problem.test() != trained
+    assert held == pytest.approx(trained, rel=1.0) or name == "poisson"  # alike before training; there it is an error
+
+
+def test_held_out_losses_are_compared_within_the_optimizers_cost():
+    def record(*losses, diverged=False):
+        columns = np.arange(len(losses), dtype=float)
+        return Record(Curve(columns, columns, columns, columns, np.array(losses)), None, diverged)
+
+    plain = record(8.0, 4.0, 2.0, 1.0, 2.0)
+    quick = record(8.0, 1.0, 0.5, 4.0, 4.0, 0.1)  # the last is beyond the cost
+    assert held_out.row("t", "m", [quick], [plain]) == {
+        "task": "t",
+        "method": "m",
+        "share": 0.25,
+        "lowest": 0.5,
+        "last": 2,
+    }
+    lost = held_out.row("t", "m", [record(8.0, 4.0, diverged=True)], [plain])
+    assert (lost["share"], lost["lowest"], lost["last"]) == (math.inf, 4.0, math.inf)
+    assert "| `t` | 0.25 | 0.50 | 2.00 |" in held_out.markdown([held_out.row("t", "m", [quick], [plain])])
 
 
 def few_steps(name, folder):

@@ -123,8 +123,11 @@ class Attempts:
         if self.secants is None:
             return
         streak = self._streak
-        if streak.moves and not distributed.everywhere(streak.left_at(self._weights.values), self._ranks):
-            self._end(step - 1)
+        if streak.moves:
+            if not distributed.everywhere(streak.left_at(self._weights.values), self._ranks):
+                self._end(step - 1)
+            elif not distributed.everywhere(secants.all_finite(self._weights.named.values()), self._ranks):
+                self._take_back(self.secants, step - 1)
         if streak.moves or self._at_point(step):
             self.secants.begin(self._weights.values)
 
@@ -227,20 +230,31 @@ class Attempts:
         elif streak.moves:
             if streak.moves >= LONG:
                 schedule.spent = spent
-            self._end(steps, noisy=jump.reason.startswith(NOISY))
+            self._end(steps, useless=jump.reason.startswith(NOISY))
         if jump.reason == WORSE:
             held.clear()  # what was recorded misleads
         return self._tell(jump)
 
-    def _end(self, steps: int, noisy: bool = False) -> None:
-        """No step along secants follows at once; all is as after a jump, but where it was noise they are of no use."""
+    def _take_back(self, held: secants.Secants, steps: int) -> None:
+        """The guard was finite where the last step along secants led, but the gradient is not: back to before it."""
+        self._weights.require_free()
+        self._weights.write(cut(held.weights, self._weights.parameters))
+        for parameter in self._weights.named.values():
+            parameter.grad = None  # the optimizer leaves alone what has none
+        self._end(steps, useless=True)
+        held.clear()
+        found = Found("the gradient is not finite where the last move led: it was taken back")
+        self._tell(records.record(found, steps, evaluations=0, seconds=0.0))
+
+    def _end(self, steps: int, useless: bool = False) -> None:
+        """No step along secants follows at once; all is as after a jump, but where they are of no use for now."""
         log.info("%s", self.jumps[-1])
         self._moments.recall(self._streak.moves)
         self._streak.end()
         self.schedule.tries = 0
         self.schedule.following = 0  # what was due before there were points to step from
-        self.schedule.succeed(steps, secants=not noisy)
-        if noisy:
+        self.schedule.succeed(steps, secants=not useless)
+        if useless:
             self.schedule.in_vain(steps)
 
     def _tell(self, jump: Jump) -> Jump:

@@ -13,7 +13,7 @@ from koopt.live.window import cut, record
 from koopt.sharding import local
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from jaxtyping import Float
     from torch import Tensor
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 EVERY = 4  # optimizer steps between points; momentum makes closer ones nearly alike
 MOST_PAIRS, MANY_BYTES, FEWEST_PAIRS, MOST_BYTES = 100, 2**24, 10, 2**26  # by default
 RECENT = 10  # pairs that the first guess is made of
+TEMPERED = 0.75  # its power; with 1 weights go far in directions in which the loss is flat
 CURVED = 1e-10  # the least cosine between the two halves of a pair that says something of the curvature
 FARTHEST = 0.3  # of the norm of all weights; a longer move may kill units that no gradient brings back
 
@@ -187,6 +188,19 @@ def gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[Any]) -> li
     return found
 
 
+def all_finite(parameters: Iterable[Any]) -> bool:
+    """Whether all gradients are, as far as this process holds them; those that there are not yet do not count.
+
+    >>> parameter = nn.Parameter(torch.ones(2))
+    >>> parameter.grad = torch.tensor([1.0, float("nan")])
+    >>> all_finite([nn.Parameter(torch.ones(1))]), all_finite([parameter])
+    (True, False)
+    """
+    given = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    values = [own if own.layout is torch.strided else own.coalesce().values() for own in given]
+    return all(bool(value.isfinite().all()) for value in values)
+
+
 def decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
     """Whether weight decay is beside the loss and not a part of it.
 
@@ -338,18 +352,20 @@ def first_guess(
     """The inverse curvature that the pairs are to correct, weight by weight and up to a factor.
 
     The root mean square of the steps over that of the changes; with the optimizer's own scaling the geometric mean of
-    both, as that is of all of the run so far, and this of the last steps only. 0 where the gradient did not change.
+    both, as that is of all of the run so far, and this of the last steps only. Of that a power below 1, so that weights
+    that the loss hardly depends on stay nearer to where they were. 0 where the gradient did not change.
 
-    >>> steps = [torch.tensor([3.0, 1.0]), torch.tensor([4.0, 1.0])]
-    >>> changes = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])]
+    >>> steps = [torch.tensor([16.0, 1.0])]
+    >>> changes = [torch.tensor([1.0, 0.0])]
     >>> first_guess(steps, changes, None, torch.float32)
-    tensor([5., 0.])
-    >>> first_guess(steps, changes, torch.tensor([20.0, 1.0]), torch.float32)
-    tensor([10.,  0.])
+    tensor([8., 0.])
+    >>> first_guess(steps, changes, torch.tensor([16.0**3, 1.0]), torch.float32)
+    tensor([64.,  0.])
     """
     moved, turned = (_squares(rows, dtype).sqrt_() for rows in (steps, changes))
     found = torch.where(turned > 0, moved.div_(turned.clamp_min(torch.finfo(dtype).tiny)), 0.0)
-    return found if scaling is None else found.sqrt_().mul_(scaling.to(dtype).sqrt())
+    found = found if scaling is None else found.sqrt_().mul_(scaling.to(dtype).sqrt())
+    return found.pow_(TEMPERED)
 
 
 def _squares(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
