@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +35,40 @@ def perceptron(*sizes: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequent
     return nn.Sequential(*[module for pair in layers for module in pair][:-1])
 
 
-def on_all(network: nn.Module, loss: Callable[[], Tensor], held: Callable[[], Tensor] | None = None) -> Problem:
-    """Full batches; `held`: the loss on what was held out, where there is such."""
+@dataclass(frozen=True)
+class Split(Problem):
+    """A problem whose test reads one half of what was held out.
 
-    def test() -> float:
-        with torch.no_grad():
-            return math.nan if held is None else held().item()
+    Attributes:
+        beside: the loss on the other half, for a guard; NaN where nothing was held out.
+    """
 
-    return making.full_batch(network, None, lambda _: loss(), test)
+    beside: Callable[[], Tensor]
+
+
+def on_all(
+    network: nn.Module,
+    loss: Callable[[], Tensor],
+    held: Callable[..., Tensor] | None = None,
+    others: tuple[Tensor, ...] = (),
+) -> Split:
+    """Full batches.
+
+    Args:
+        network: what is trained.
+        loss: on all that it is trained on.
+        held: the loss on rows that it is not trained on; None: there are none.
+        others: these.
+    """
+    count = len(others[0]) if others else 0
+    halves = torch.randperm(count, generator=drawn(30)).split([count // 2, count - count // 2])
+
+    @torch.no_grad()
+    def on_half(half: Tensor) -> Tensor:
+        return torch.tensor(math.nan) if held is None else held(*(rows[half] for rows in others))
+
+    made = making.full_batch(network, None, lambda _: loss(), lambda: on_half(halves[1]).item())
+    return Split(**vars(made), beside=lambda: on_half(halves[0]))
 
 
 def fit(
@@ -58,7 +84,8 @@ def fit(
     def misses(inputs: Tensor, wanted: Tensor) -> Tensor:
         return functional.mse_loss(network(inputs), wanted)
 
-    return on_all(network, partial(misses, *points()), None if others is None else partial(misses, *others()))
+    known = partial(misses, *points())
+    return on_all(network, known) if others is None else on_all(network, known, misses, others())
 
 
 def two_sines(count: int = 256) -> tuple[Tensor, Tensor]:
@@ -135,13 +162,12 @@ def poisson(seed: int, guarded: bool) -> Problem:
             bends = [torch.autograd.grad(slope[:, i].sum(), places, create_graph=True)[0][:, i] for i in (0, 1)]
             return (bends[0] + bends[1] - source).square().mean()
 
-    def error() -> Tensor:
+    def error(places: Tensor) -> Tensor:
         """Of the solution, squared."""
-        places = torch.rand(1000, 2, generator=drawn(20))
         u = (places * (1 - places)).prod(dim=1) * network(places).squeeze(1)
         return (u - torch.sin(math.pi * places).prod(dim=1)).square().mean()
 
-    return on_all(network, loss, error)
+    return on_all(network, loss, error, (torch.rand(2000, 2, generator=drawn(20)),))
 
 
 def digits(first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -150,23 +176,23 @@ def digits(first: int, last: int) -> tuple[Tensor, Tensor]:
 
 
 def classify(make: Callable[[], nn.Module], count: int, seed: int, guarded: bool) -> Problem:
-    """Some digits, all of them at each step; 2,000 others are held out."""
+    """Some digits, all of them at each step; 4,000 others are held out."""
     network = making.initialized(make, seed)
 
     def misses(images: Tensor, labels: Tensor) -> Tensor:
         return functional.cross_entropy(network(images), labels)
 
-    return on_all(network, partial(misses, *digits(0, count)), partial(misses, *digits(count, count + 2000)))
+    return on_all(network, partial(misses, *digits(0, count)), misses, digits(count, count + 4000))
 
 
 def autoencoder(activation: type[nn.Module], seed: int, guarded: bool) -> Problem:
     network = making.initialized(partial(perceptron, 784, 64, 16, 64, 784, activation=activation), seed)
-    images, others = (data.mnist().train_images[:1200].float() / 255).split([200, 1000])
+    images, others = (data.mnist().train_images[:2200].float() / 255).split([200, 2000])
 
     def misses(images: Tensor) -> Tensor:
         return functional.mse_loss(torch.sigmoid(network(images)), images)
 
-    return on_all(network, partial(misses, images), partial(misses, others))
+    return on_all(network, partial(misses, images), misses, (others,))
 
 
 class Factors(nn.Module):
@@ -181,10 +207,10 @@ def completion(seed: int, guarded: bool) -> Problem:
     truth = torch.randn(100, 5, generator=generator) @ torch.randn(5, 100, generator=generator)
     known = torch.rand(100, 100, generator=generator) < 0.4
 
-    def misses(entries: Tensor) -> Tensor:
-        return (network.left @ network.right.T - truth)[entries].square().mean()
+    def misses(i: Tensor, j: Tensor) -> Tensor:
+        return (network.left @ network.right.T - truth)[i, j].square().mean()
 
-    return on_all(network, partial(misses, known), partial(misses, ~known))
+    return on_all(network, partial(misses, *known.nonzero().unbind(1)), misses, (~known).nonzero().unbind(1))
 
 
 class Graph(nn.Module):
@@ -223,7 +249,8 @@ def graph(dropout: float, seed: int, guarded: bool) -> Problem:
     problem = on_all(
         network,
         lambda: functional.cross_entropy(network(features)[known], labels[known]),
-        lambda: evaluated(held),
+        evaluated,
+        (torch.cat([guard, held]),),
     )
     if not dropout:
         return problem
@@ -258,8 +285,8 @@ def moons(seed: int, guarded: bool) -> Problem:
         moon = torch.stack([torch.cos(angle) + up - 0.5, torch.sin(angle) * (1 - 2 * up) + 0.5 * up], dim=1)
         return moon + 0.08 * torch.randn(count, 2, generator=generator)
 
-    moon, others = points(256), points(1000)
-    return on_all(network, lambda: 5 + network(moon).mean(), lambda: 5 + network(others).mean())
+    moon, others = points(256), points(2000)
+    return on_all(network, lambda: 5 + network(moon).mean(), lambda points: 5 + network(points).mean(), (others,))
 
 
 class Point(nn.Module):
@@ -279,7 +306,7 @@ def quadratic(seed: int, guarded: bool) -> Problem:
 def heat(seed: int, guarded: bool) -> Problem:
     """A physics-informed network for the heat equation with a source, initial and boundary values built in."""
     network = making.initialized(partial(perceptron, 2, 24, 24, 1), seed)
-    places, others = torch.rand(150, 2, generator=drawn(11)), torch.rand(1000, 2, generator=drawn(25))
+    places, others = torch.rand(150, 2, generator=drawn(11)), torch.rand(2000, 2, generator=drawn(25))
 
     def residual(places: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -290,7 +317,7 @@ def heat(seed: int, guarded: bool) -> Problem:
             bend = torch.autograd.grad(slopes[:, 0].sum(), points, create_graph=True)[0][:, 0]
             return (slopes[:, 1] - 0.1 * bend - torch.sin(5 * x * t)).square().mean()
 
-    return on_all(network, partial(residual, places), partial(residual, others))
+    return on_all(network, partial(residual, places), residual, (others,))
 
 
 class Running(nn.Module):
@@ -351,7 +378,7 @@ def mixture(seed: int, guarded: bool) -> Problem:
     spread = 0.3 * torch.randn(600, 2, generator=generator)
     centres = (2 * torch.randn(6, 2, generator=generator)).repeat(100, 1)
     points, others = centres + spread, centres + 0.3 * torch.randn(600, 2, generator=generator)
-    return on_all(network, lambda: 5 + network(points).mean(), lambda: 5 + network(others).mean())
+    return on_all(network, lambda: 5 + network(points).mean(), lambda points: 5 + network(points).mean(), (others,))
 
 
 def convolutions() -> nn.Module:
@@ -386,7 +413,7 @@ def process(seed: int, guarded: bool) -> Problem:
 def trajectories(seed: int, guarded: bool) -> Problem:
     """The law of a damped pendulum from where it was, through 20 Runge-Kutta steps of a network."""
     network = making.initialized(partial(perceptron, 2, 32, 2), seed)
-    starts, others = torch.randn(12, 2, generator=drawn(17)), torch.randn(100, 2, generator=drawn(24))
+    starts, others = torch.randn(12, 2, generator=drawn(17)), torch.randn(200, 2, generator=drawn(24))
 
     def pendulum(state: Tensor) -> Tensor:
         angle, speed = state.unbind(1)
@@ -402,11 +429,12 @@ def trajectories(seed: int, guarded: bool) -> Problem:
             states.append(states[-1] + 0.1 / 6 * (first + 2 * second + 2 * third + fourth))
         return torch.stack(states)
 
-    def misses(starts: Tensor, wanted: Tensor) -> Tensor:
-        return functional.mse_loss(followed(network, starts), wanted)
+    wanted = followed(pendulum, starts)
 
-    known, held = ((places, followed(pendulum, places)) for places in (starts, others))
-    return on_all(network, partial(misses, *known), partial(misses, *held))
+    def misses(starts: Tensor) -> Tensor:
+        return functional.mse_loss(followed(network, starts), followed(pendulum, starts))
+
+    return on_all(network, lambda: functional.mse_loss(followed(network, starts), wanted), misses, (others,))
 
 
 class Map(nn.Module):
