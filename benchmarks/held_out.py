@@ -59,7 +59,10 @@ def held(task: Task, guard: bool, seed: int, guarded: bool) -> Problem:
     """A task's problem, whose loss for targets is that on what is held out."""
     problem = task.problem(seed, guarded)
     found = replace(problem, validate=problem.test)
-    return replace(found, guard=found.beside) if guard and isinstance(found, Split) else found
+    if not guard:
+        return found
+    assert isinstance(found, Split)
+    return replace(found, guard=found.beside)
 
 
 def held_out(task: Task, guard: bool = False) -> Task:
@@ -117,13 +120,16 @@ def main() -> None:
     for name in given.tasks or names:
         task = held_out(TASKS[name])
         trials = Trials(task, given.output / name, given.jobs)
-        beside = Trials(held_out(TASKS[name], guard=True), given.output / name / "guard-held-out", given.jobs)
         plain, koop, lbfgs = (as_it_stands(method, task) for method in ("optimizer", "koopt", "lbfgs"))
-        found = {"koopt": (trials, koop)} | ({HELD: (beside, koop)} if name in DATA else {})
-        found |= {"L-BFGS": (trials, lbfgs), CHANCE: (trials, Way("rounding", NUDGED, plain.setting))}
-        for made, way in ((trials, plain), *found.values()):
+        nudged = Way("rounding", NUDGED, plain.setting)
+        found, wanted = {"koopt": (trials, koop)}, {name: (trials, [plain, koop, lbfgs, nudged])}
+        if name in DATA:
+            beside = Trials(held_out(TASKS[name], guard=True), given.output / name / "guard-held-out", given.jobs)
+            found[HELD], wanted[f"{name}, guard held out"] = (beside, koop), (beside, [koop])
+        found |= {"L-BFGS": (trials, lbfgs), CHANCE: (trials, nudged)}
+        for stage, (made, ways) in wanted.items():
             with terminal.progress() as progress:
-                made.make([(way, seed) for seed in seeds], f"{name}, {way.method}", progress)
+                made.make([(way, seed) for way in ways for seed in seeds], stage, progress)
             for line in made.failed.values():
                 print(line)
         known = records(plain, trials, seeds)

@@ -198,7 +198,8 @@ def all_finite(parameters: Iterable[Any]) -> bool:
     """
     given = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     values = [own if own.layout is torch.strided else own.coalesce().values() for own in given]
-    return all(bool(value.isfinite().all()) for value in values)
+    flags = [value.isfinite().all() for value in values]
+    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())  # waits for a device once
 
 
 def decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
