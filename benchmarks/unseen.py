@@ -5,8 +5,8 @@
 
 Full batches: what koopt with its defaults needs, a guard evaluation counted as a third of a step, until the lowest
 loss of the same run without it, as a share of that run's steps. First with the learning rate as it stands in the
-loop; beside it a guarded straight line, guarded Anderson mixing and, as a measure of chance, the same run from a
-first weight that is one rounding larger. Then each method with the best of four rates, from a third of that to ten
+loop; beside it a guarded straight line, guarded Anderson mixing, L-BFGS and, as a measure of chance, the same run from
+a first weight that is one rounding larger. Then each method with the best of four rates, from a third of that to ten
 times as much, chosen on two other seeds by the median of the lowest losses; beside it SOAP and L-BFGS.
 
 Mini-batches: the validation loss of `koop.forecast_weights()` and of averages, the best of their settings by the same
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from fresh_tasks import FRESH, FRESH_NOISY
 from jump_options import nudged
 from unseen_report import CHANCE, PLAIN, STANDS, TUNED, draw, markdown
 from unseen_tasks import FULL, LATER, LATEST, NOISY
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 TUNING = (1000, 1001)
 NUDGED = Trainer("rounding", nudged, searched, title="one rounding")
 COMPARED = {  # the optimizer first; with the rate as it stands, and each with its own
-    STANDS: ("optimizer", "koopt", "koopt-jumps", "line", "anderson"),
+    STANDS: ("optimizer", "koopt", "koopt-jumps", "line", "anderson", "lbfgs"),
     TUNED: ("optimizer", "koopt", "koopt-jumps", "soap", "lbfgs"),
 }
 AVERAGES = ("ema", "dema", "lawa")
@@ -185,7 +186,7 @@ def beside(task: Task) -> list[Way]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tasks = {task.name: task for task in (*FULL, *LATER, *LATEST, *NOISY)}
+    tasks = {task.name: task for task in (*FULL, *LATER, *LATEST, *FRESH, *NOISY, *FRESH_NOISY)}
     parser.add_argument(
         "tasks", nargs="*", metavar="TASK", help=f"of {', '.join(tasks)}; all of them, if none is given"
     )

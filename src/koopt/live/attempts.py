@@ -14,6 +14,7 @@ from koopt import distributed
 from koopt.live import records, secants
 from koopt.live.budget import ENOUGH, GUARD, MOST, SNAPSHOT, TRIES, Costs, Schedule
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, block_after, displaced, paired, smooth, unpaired
+from koopt.live.clipping import Clipping
 from koopt.live.jumps import TOLERANCE, WORSE, Found, disagreement, follow, loss_along, search
 from koopt.live.moments import Moments
 from koopt.live.preconditioning import by_matrices
@@ -79,6 +80,8 @@ class Attempts:
         self.tail = Snapshots(recorded, settings.rows, *place)
         self._moments = Moments(optimizer, list(weights.named.values()), settings, ranks)
         self.secants = secants.Secants(recorded, settings.history, *place) if settings.history else None
+        # with several processes backward leaves what is not yet summed over them
+        self._clipping = Clipping(list(weights.named.values()) if ranks is None else [])
         whole = list(weights.named.values())  # so that all processes have the same schedule, however many they are
         window = nbytes_of(whole, settings.rows, 0, settings.dtype)
         pairs = secants.nbytes_of(whole, settings.history, settings.dtype)
@@ -104,19 +107,21 @@ class Attempts:
         state = {name: getattr(self.schedule, name) for name in SCHEDULED} | {"choice": self._choice.state_dict()}
         if self.secants is not None:
             measured = {name: held.clone() for name, held in self.secants.measured.items()}
-            state |= self._streak.state_dict() | {"measured": measured}
+            state |= self._streak.state_dict() | self._clipping.state_dict() | {"measured": measured}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any], jumps: list[Jump]) -> None:
-        """Take over a :meth:`state_dict` and the records, once what is recorded has been taken over."""
+    def load_state_dict(self, state: Mapping[str, Any], jumps: list[Jump], steps: int) -> None:
+        """Take over a :meth:`state_dict` and the records at a step, once what is recorded has been taken over."""
         for name in SCHEDULED:
             setattr(self.schedule, name, state[name])
         self._choice.load_state_dict(state["choice"])
         if self.secants is not None:
             self._streak.load_state_dict(state)
+            self._clipping.load_state_dict(state)
             for name, held in self.secants.measured.items():
                 held.copy_(state["measured"][name])
         self._block, self.jumps = self.tail.block, jumps
+        self._watch(steps)
 
     def before(self, step: int) -> None:
         """The optimizer is about to take a step."""
@@ -133,11 +138,11 @@ class Attempts:
 
     def after(self, steps: int) -> None:
         """The optimizer has taken a step: record it, and make the attempt that is due."""
-        if self.secants is not None and self._toward_step(self.secants, steps):
-            return
-        left = self.schedule.due - steps
-        if left < self.tail.steps:
-            self._toward_jump(steps, left)
+        if self.secants is None or not self._toward_step(self.secants, steps):
+            left = self.schedule.due - steps
+            if left < self.tail.steps:
+                self._toward_jump(steps, left)
+        self._watch(steps)
 
     def now(self, steps: int) -> Jump:
         """Make an attempt from the recent steps that are recorded, or else along the secants."""
@@ -145,8 +150,19 @@ class Attempts:
         if self._streak.moves:
             self._end(steps)
         if self.secants is not None and self.secants.pairs and not self.tail.taken:
-            return self._follow(self.secants, steps, doubtful=False)
-        return self._jump(steps, MOST)
+            jump = self._follow(self.secants, steps, doubtful=False)
+        else:
+            jump = self._jump(steps, MOST)
+        self._watch(steps)
+        return jump
+
+    def detach(self) -> None:
+        """Leave the parameters as they were found."""
+        self._clipping.watch(False)
+
+    def _watch(self, steps: int) -> None:
+        """Look at the next gradients as backward leaves them, where they are to be recorded."""
+        self._clipping.watch(self.secants is not None and (bool(self._streak.moves) or self._at_point(steps + 1)))
 
     def _at_point(self, step: int) -> bool:
         """Whether a step is one whose gradient is recorded for the step along secants that is due."""
@@ -158,7 +174,13 @@ class Attempts:
         schedule, streak = self.schedule, self._streak
         if not streak.moves and not self._at_point(steps):
             return False
-        held.end(secants.gradients(self._optimizer, list(self._weights.named.values())), streak.expected)
+        factor = self._clipping.factor()
+        if factor is None and not streak.moves:
+            if steps >= schedule.following:
+                schedule.postpone(steps)
+            return False
+        given = secants.gradients(self._optimizer, list(self._weights.named.values()), factor or 1.0)
+        held.end(given, streak.expected)
         streak.expected = 0.0
         doubtful = self._doubtful()
         if not streak.moves:

@@ -222,7 +222,7 @@ class Live:
         return plot.report_of_jumps(self.jumps, path)
 
     def detach(self) -> None:
-        """Take the hooks off the optimizer; the weights stay as they are. Again is no error.
+        """Take the hooks off the optimizer and the parameters; the weights stay as they are. Again is no error.
 
         >>> model = nn.Linear(1, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -231,6 +231,8 @@ class Live:
         """
         for hook in self._hooks:
             hook.remove()
+        if self._attempts is not None:
+            self._attempts.detach()
         if self._hooks:
             _attached.discard(self._optimizer)
         self._hooks = []
@@ -268,7 +270,7 @@ class Live:
             part.load_state_dict(self._weights.flat_state(state[name]))
         self._taste.load_state_dict(state["taste"])
         if self._attempts is not None:
-            self._attempts.load_state_dict(state["attempts"], jumps)
+            self._attempts.load_state_dict(state["attempts"], jumps, state["steps"])
         self.steps, self._judge.sound = state["steps"], state["sound"]
 
     def _require_fits(self, state: Mapping[str, Any]) -> list[Jump]:

@@ -168,10 +168,11 @@ def default_length(tensors: Sequence[Tensor], dtype: torch.dtype) -> int:
     return length if length * each <= MOST_BYTES else 0
 
 
-def gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[Any]) -> list[Tensor]:
+def gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[Any], factor: float = 1.0) -> list[Tensor]:
     """What the optimizer descends along, as far as this process holds it: dense, zeros where there is no gradient.
 
-    With weight decay that is a part of the loss, and with its sign turned where the optimizer maximizes.
+    Times the factor by which they had been clipped, with weight decay that is a part of the loss, and with the sign
+    turned where the optimizer maximizes.
 
     >>> parameter = nn.Parameter(torch.ones(2))
     >>> gradients(torch.optim.SGD([parameter], lr=0.1, weight_decay=0.5), [parameter])
@@ -183,6 +184,7 @@ def gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[Any]) -> li
         own = torch.zeros_like(held) if given is None else local(given)
         own = own.to_dense() if own.layout is not torch.strided else own
         own = -own if group.get("maximize") else own
+        own = own if factor == 1 else own * factor
         decay = 0.0 if decoupled(optimizer, group) else float(group.get("weight_decay", 0.0))
         found.append(own.add(held, alpha=decay) if decay else own)
     return found

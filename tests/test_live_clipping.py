@@ -1,0 +1,218 @@
+"""Gradients that a loop clips or scales between backward and the optimizer's step, and what koopt makes of them."""
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from live_tasks import bits, data, network
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import koopt
+from koopt.live.clipping import Clipping
+
+clip = nn.utils.clip_grad_norm_
+
+
+def backward(parameters, size):
+    for parameter in parameters:
+        parameter.grad = None
+    sum((size * (place + 1) * parameter).sum() for place, parameter in enumerate(parameters)).backward()
+
+
+def factors(sizes, change, parameters=None):
+    """What is found at points of a loop that changes gradients so."""
+    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))] if parameters is None else parameters
+    clipping = Clipping(parameters)
+    clipping.watch(True)
+    found = []
+    for size in sizes:
+        backward(parameters, size)
+        change(parameters)
+        found.append(clipping.factor())
+    return found, clipping
+
+
+def divided(by):
+    return lambda parameters: [parameter.grad.div_(by) for parameter in parameters]
+
+
+def norm_of(size):
+    return size * (2 + 3 * 4) ** 0.5
+
+
+def test_what_was_clipped_is_multiplied_back_once_it_is_told_from_what_is_scaled():
+    found, clipping = factors([3.0, 30.0, 0.1, 5.0], lambda parameters: clip(parameters, 1.0))
+    assert found[0] is None  # it might be a loop that divides
+    assert found[1:] == pytest.approx([norm_of(30.0), 1.0, norm_of(5.0)], rel=1e-5)
+    assert clipping.restores
+
+
+def test_a_loop_seen_without_any_change_clips_where_it_has_one():
+    found, _ = factors([0.1, 5.0], lambda parameters: clip(parameters, 1.0))
+    assert found == pytest.approx([1.0, norm_of(5.0)], rel=1e-5)
+
+
+def test_a_loop_that_divides_is_left_alone():
+    found, clipping = factors([3.0, 30.0, 0.1, 5.0], divided(8))
+    assert found == [None, 1.0, 1.0, 1.0]
+    assert clipping.restores is False
+
+
+def test_nothing_is_said_while_gradients_hardly_change():
+    for change in (divided(8), lambda parameters: clip(parameters, 1.0)):
+        found, clipping = factors([3.0, 3.0, 3.0], change)
+        assert found == [None, None, None]
+        assert clipping.restores is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda parameters: nn.utils.clip_grad_value_(parameters, 0.5),
+        lambda parameters: clip(parameters[:1], 0.01),
+        lambda parameters: parameters[0].grad.zero_(),
+        lambda parameters: parameters[0].grad.fill_(float("nan")),
+        lambda parameters: [parameter.grad.zero_() for parameter in parameters],
+        lambda parameters: setattr(parameters[1], "grad", None),
+    ],
+    ids=["values", "one of two", "one is zero", "NaN", "all are zero", "one is none"],
+)
+def test_what_was_changed_in_another_way_is_taken_as_it_is(change):
+    found, clipping = factors([3.0, 30.0, 5.0], change)
+    assert found == [1.0, 1.0, 1.0]
+    assert clipping.restores is None
+
+
+def test_gradients_that_backward_did_not_make_are_taken_as_they_are():
+    parameter = nn.Parameter(torch.ones(2))
+    clipping = Clipping([parameter])
+    clipping.watch(True)
+    assert clipping.factor() == 1.0
+    for size in (3.0, 5.0):
+        parameter.grad = torch.full((2,), size)
+        clip([parameter], 1.0)
+        assert clipping.factor() == 1.0
+
+
+def test_what_several_calls_of_backward_add_up_to():
+    parameters = [nn.Parameter(torch.ones(4, dtype=torch.float64)), nn.Parameter(torch.ones(1), requires_grad=False)]
+    clipping = Clipping(parameters)
+    clipping.watch(True)
+    for size in (1.0, 2.0):
+        parameters[0].grad = None
+        for _ in range(3):
+            (size * parameters[0]).sum().backward()
+        clip(parameters[:1], 0.5)
+        found = clipping.factor()
+    assert found == pytest.approx(3 * 2.0 * 2 / 0.5, rel=1e-5)
+
+
+def test_sparse_gradients():
+    table = nn.Embedding(5, 2, sparse=True)
+    clipping = Clipping(list(table.parameters()))
+    clipping.watch(True)
+    found = []
+    for size in (1.0, 3.0):
+        table.zero_grad()
+        (size * table(torch.tensor([1, 1, 3]))).sum().backward()
+        table.weight.grad = table.weight.grad / table.weight.grad.coalesce().values().norm()
+        found.append(clipping.factor())
+    assert found[1] == pytest.approx(3 * (2 * 4 + 2) ** 0.5)
+
+
+@pytest.mark.parametrize("sizes", [[], [3.0], [0.1], [3.0, 30.0]])
+def test_a_saved_state_goes_on(sizes):
+    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+    _, one = factors(sizes, lambda parameters: clip(parameters, 1.0), parameters)
+    other = Clipping(parameters)
+    other.load_state_dict(one.state_dict())
+    for clipping in (one, other):
+        clipping.watch(True)
+    backward(parameters, 7.0)
+    clip(parameters, 1.0)
+    assert one.factor() == other.factor()
+    assert one.restores == other.restores
+
+
+def regression(largest=None, divide=1, momentum=0.0, **options):
+    torch.manual_seed(0)
+    model, (x, y) = network(torch.float64), data(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=momentum)
+    koop = koopt.attach(optimizer, model, guard=lambda: mse_loss(model(x), y), **options)
+
+    def steps(count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            (divide * mse_loss(model(x), y)).backward()
+            if divide != 1:
+                divided(divide)(list(model.parameters()))
+            if largest is not None:
+                clip(model.parameters(), largest)
+            optimizer.step()
+        return mse_loss(model(x), y).item()
+
+    return steps, koop, model, optimizer
+
+
+def test_loops_that_clip_are_led_as_far_as_those_that_do_not():
+    plain, led = regression()[0](200), regression(largest=1e-3)[0](200)
+    alone = regression(largest=1e-3, history=0)[0](200)
+    assert led < 10 * plain
+    assert plain < 1e-3
+    assert alone > 0.05
+
+
+def test_loops_that_divide_are_led_as_far_as_those_that_do_not():
+    assert regression(divide=16)[0](200) < 10 * regression()[0](200)
+
+
+def hooks(model):
+    return [bool(getattr(parameter, "_post_accumulate_grad_hooks", None)) for parameter in model.parameters()]
+
+
+def test_parameters_have_hooks_only_where_gradients_are_recorded_next():
+    steps, koop, model, _ = regression(max_overhead=0.0)  # the budget allows no step along secants
+    seen = []
+    for _ in range(40):
+        steps(1)
+        seen.append(any(hooks(model)))
+    assert not koop.jumps or not any(jump.accepted for jump in koop.jumps)
+    assert 0 < sum(seen) < 12
+    steps, koop, model, _ = regression()
+    steps(60)
+    assert koop.jumps[-1].moves > 1
+    assert all(hooks(model))
+    assert not any(hooks(copy.deepcopy(model)))
+    stream = io.BytesIO()
+    torch.save(model.state_dict(), stream)
+    koop.detach()
+    assert not any(hooks(model))
+
+
+def test_a_resumed_run_that_clips_goes_on_bit_for_bit():
+    for at in (2, 8, 11, 15, 40):
+        steps, koop, model, optimizer = regression(largest=1e-2, momentum=0.5)
+        steps(at)
+        saved = [copy.deepcopy(part.state_dict()) for part in (model, optimizer, koop)]
+        steps(60 - at)
+        again, other, *parts = regression(largest=1e-2, momentum=0.5)
+        for part, state in zip((*parts, other), saved, strict=True):
+            part.load_state_dict(state)
+        again(60 - at)
+        assert bits(model, optimizer) == bits(*parts)
+        assert [jump.step for jump in koop.jumps] == [jump.step for jump in other.jumps]
+        assert any(jump.moves > 1 for jump in koop.jumps)
+
+
+def test_backward_sees_each_gradient_as_without_koopt():
+    """The hooks look and do not touch."""
+    found = []
+    for watched in (False, True):
+        parameters = [nn.Parameter(torch.linspace(1, 2, 3)), nn.Parameter(torch.ones(2))]
+        Clipping(parameters).watch(watched)
+        backward(parameters, 3.0)
+        found.append([parameter.grad for parameter in parameters])
+    assert all(itertools.starmap(torch.equal, zip(*found, strict=True)))
