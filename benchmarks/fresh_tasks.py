@@ -18,6 +18,7 @@ from unseen_tasks import (
     on_all,
     perceptron,
     picture,
+    poisson_residual,
     supervised,
     task,
 )
@@ -231,20 +232,10 @@ def normalized() -> nn.Module:
 
 
 def resampled(seed: int, guarded: bool) -> Problem:
-    """A physics-informed network for the Poisson equation on the unit square, on new points at each step."""
+    """A physics-informed network for the Poisson equation, on new points at each step."""
     network, places = making.initialized(partial(perceptron, 2, 32, 32, 1), seed), drawn(seed)
-
-    def loss(points: Tensor) -> Tensor:
-        with torch.enable_grad():
-            places = points.clone().requires_grad_()
-            x, y = places.unbind(1)
-            u = x * (1 - x) * y * (1 - y) * network(places).squeeze(1)
-            (slope,) = torch.autograd.grad(u.sum(), places, create_graph=True)
-            bends = [torch.autograd.grad(slope[:, i].sum(), places, create_graph=True)[0][:, i] for i in (0, 1)]
-            source = -2 * math.pi**2 * torch.sin(math.pi * points).prod(dim=1)
-            return (bends[0] + bends[1] - source).square().mean()
-
     guard, held = torch.rand(2, 500, 2, generator=drawn(35))
+    loss = partial(poisson_residual, network)
     return in_batches(network, lambda: torch.rand(200, 2, generator=places), loss, guard, held)
 
 

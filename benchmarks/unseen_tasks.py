@@ -147,27 +147,30 @@ def picture() -> tuple[Tensor, Tensor]:
     return torch.cartesian_prod(axis, axis), data.mnist().train_images[0].float()[:, None] / 255
 
 
+def poisson_residual(network: nn.Module, points: Tensor) -> Tensor:
+    """Of the Poisson equation on the unit square, squared; derivatives by autograd, boundary values built in."""
+    source = -2 * math.pi**2 * torch.sin(math.pi * points).prod(dim=1)
+    with torch.enable_grad():
+        places = points.clone().requires_grad_()
+        x, y = places.unbind(1)
+        u = x * (1 - x) * y * (1 - y) * network(places).squeeze(1)
+        (slope,) = torch.autograd.grad(u.sum(), places, create_graph=True)
+        bends = [torch.autograd.grad(slope[:, i].sum(), places, create_graph=True)[0][:, i] for i in (0, 1)]
+        return (bends[0] + bends[1] - source).square().mean()
+
+
 def poisson(seed: int, guarded: bool) -> Problem:
-    """A physics-informed network for the Poisson equation on the unit square, derivatives by autograd."""
+    """A physics-informed network for the Poisson equation."""
     network = making.initialized(partial(perceptron, 2, 32, 32, 1), seed)
     points = torch.rand(100, 2, generator=drawn(0))
-    source = -2 * math.pi**2 * torch.sin(math.pi * points).prod(dim=1)
-
-    def loss() -> Tensor:
-        with torch.enable_grad():
-            places = points.clone().requires_grad_()
-            x, y = places.unbind(1)
-            u = x * (1 - x) * y * (1 - y) * network(places).squeeze(1)
-            (slope,) = torch.autograd.grad(u.sum(), places, create_graph=True)
-            bends = [torch.autograd.grad(slope[:, i].sum(), places, create_graph=True)[0][:, i] for i in (0, 1)]
-            return (bends[0] + bends[1] - source).square().mean()
 
     def error(places: Tensor) -> Tensor:
         """Of the solution, squared."""
         u = (places * (1 - places)).prod(dim=1) * network(places).squeeze(1)
         return (u - torch.sin(math.pi * places).prod(dim=1)).square().mean()
 
-    return on_all(network, loss, error, (torch.rand(2000, 2, generator=drawn(20)),))
+    others = torch.rand(2000, 2, generator=drawn(20))
+    return on_all(network, partial(poisson_residual, network, points), error, (others,))
 
 
 def digits(first: int, last: int) -> tuple[Tensor, Tensor]:
