@@ -97,6 +97,11 @@ def test_gradients_that_backward_did_not_make_are_taken_as_they_are():
         assert clipping.factor() == 1.0
 
 
+def test_a_gradient_that_was_zero_before_it_was_changed():
+    found, _ = factors([0.0, 0.0], lambda parameters: [parameter.grad.fill_(1.0) for parameter in parameters])
+    assert found == [1.0, 1.0]
+
+
 def test_what_several_calls_of_backward_add_up_to():
     parameters = [nn.Parameter(torch.ones(4, dtype=torch.float64)), nn.Parameter(torch.ones(1), requires_grad=False)]
     clipping = Clipping(parameters)
@@ -158,15 +163,15 @@ def regression(largest=None, divide=1, momentum=0.0, **options):
 
 
 def test_loops_that_clip_are_led_as_far_as_those_that_do_not():
-    plain, led = regression()[0](200), regression(largest=1e-3)[0](200)
-    alone = regression(largest=1e-3, history=0)[0](200)
-    assert led < 10 * plain
+    plain, led = regression()[0](80), regression(largest=1e-3)[0](80)
+    alone = regression(largest=1e-3, history=0)[0](80)
+    assert led < 5 * plain
     assert plain < 1e-3
-    assert alone > 0.05
+    assert alone > 0.3
 
 
 def test_loops_that_divide_are_led_as_far_as_those_that_do_not():
-    assert regression(divide=16)[0](200) < 10 * regression()[0](200)
+    assert regression(divide=16)[0](80) < 5 * regression()[0](80)
 
 
 def hooks(model):

@@ -374,7 +374,9 @@ class Attempts:
             if doubtful and found.weights is not None:
                 off = disagreement(found, start, saved, self._judge.loss, self._ranks)
                 if not off <= TOLERANCE:
-                    return Found(f"{NOISY} by {off:.2g} of it (mini-batches, or not the guard's loss at its scale)", before)
+                    return Found(
+                        f"{NOISY} by {off:.2g} of it (mini-batches, or not the guard's loss at its scale)", before
+                    )
             return found
 
         return self._judge.best(searching, start)

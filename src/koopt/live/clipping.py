@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,13 +62,9 @@ class Clipping:
         self._lengths.clear()
         if not on:
             return
-        lengths = self._lengths  # and not this, which holds the parameters
         for place, parameter in enumerate(self._parameters):
             if parameter.requires_grad and parameter.is_leaf:
-
-                def told(of: Tensor, place: int = place) -> None:
-                    lengths[place] = _length(of)
-
+                told = partial(_note, self._lengths, place)  # and not this, which holds the parameters
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(told))
 
     def factor(self) -> float | None:
@@ -84,7 +81,7 @@ class Clipping:
         told = torch.stack([length.to(lengths[0].device, finest) for length in lengths]).tolist()  # waits once
         before, after = told[: len(with_gradient)], told[len(with_gradient) :]
         left, given = math.hypot(*before), math.hypot(*after)
-        if not 0 < given < math.inf or not left < math.inf:
+        if not 0 < min(left, given) <= max(left, given) < math.inf:
             return 1.0
         factor = left / given
         same = all(
@@ -121,6 +118,10 @@ class Clipping:
         known, left, given = state["clipping"].tolist()
         self.restores = None if math.isnan(known) else bool(known)
         self._last = None if math.isnan(left) else (left, given)
+
+
+def _note(lengths: dict[int, Tensor], place: int, parameter: Tensor) -> None:
+    lengths[place] = _length(parameter)
 
 
 def _length(parameter: Any) -> Tensor:
