@@ -1,4 +1,4 @@
-"""Gradients that a loop clips or scales between backward and the optimizer's step, and what koopt makes of them."""
+"""Gradients that are not the guard's: clipped or scaled ones, and what koopt makes of them."""
 
 import copy
 import io
@@ -142,16 +142,16 @@ def test_a_saved_state_goes_on(sizes):
     assert one.restores == other.restores
 
 
-def regression(largest=None, divide=1, momentum=0.0, **options):
+def regression(largest=None, divide=1, momentum=0.0, times=1, **options):
     torch.manual_seed(0)
     model, (x, y) = network(torch.float64), data(torch.float64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=momentum)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02 / times, momentum=momentum)
     koop = koopt.attach(optimizer, model, guard=lambda: mse_loss(model(x), y), **options)
 
     def steps(count):
         for _ in range(count):
             optimizer.zero_grad()
-            (divide * mse_loss(model(x), y)).backward()
+            (divide * times * mse_loss(model(x), y)).backward()
             if divide != 1:
                 divided(divide)(list(model.parameters()))
             if largest is not None:
@@ -172,6 +172,23 @@ def test_loops_that_clip_are_led_as_far_as_those_that_do_not():
 
 def test_loops_that_divide_are_led_as_far_as_those_that_do_not():
     assert regression(divide=16)[0](80) < 5 * regression()[0](80)
+
+
+@pytest.mark.parametrize("times", [32.0, 0.1])
+def test_a_sum_beside_a_guard_that_is_a_mean_is_told_from_noise_when_its_ratio_comes_again(times):
+    steps, koop, _, _ = regression(times=times)
+    led = steps(100)
+    assert [(jump.step, jump.accepted) for jump in koop.jumps[:2]] == [(20, False), (40, True)]
+    assert koop.jumps[0].reason.startswith("noise: the guard's slope is off")
+    assert koop.jumps[1].moves > 30
+    assert led < 5 * regression()[0](80)
+
+
+def test_a_ratio_that_may_be_of_other_examples_is_no_scale():
+    _, koop, *_ = run = regression(times=2.0)
+    run[0](60)
+    assert len(koop.jumps) > 1
+    assert not any(jump.accepted for jump in koop.jumps)
 
 
 def hooks(model):
@@ -197,13 +214,13 @@ def test_parameters_have_hooks_only_where_gradients_are_recorded_next():
     assert not any(hooks(model))
 
 
-def test_a_resumed_run_that_clips_goes_on_bit_for_bit():
-    for at in (2, 8, 11, 15, 40):
-        steps, koop, model, optimizer = regression(largest=1e-2, momentum=0.5)
+def test_a_resumed_run_that_clips_or_scales_goes_on_bit_for_bit():
+    for at, times in ((2, 1), (8, 1), (11, 1), (15, 32), (30, 32), (50, 32)):
+        steps, koop, model, optimizer = regression(largest=1e-2, momentum=0.5, times=times)
         steps(at)
         saved = [copy.deepcopy(part.state_dict()) for part in (model, optimizer, koop)]
         steps(60 - at)
-        again, other, *parts = regression(largest=1e-2, momentum=0.5)
+        again, other, *parts = regression(largest=1e-2, momentum=0.5, times=times)
         for part, state in zip((*parts, other), saved, strict=True):
             part.load_state_dict(state)
         again(60 - at)

@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss
 
 import koopt
 from koopt.live.budget import SIDE, Costs, Schedule
-from koopt.live.jumps import NEAR, SHORT, STRICTER, TOLERANCE, disagreement, follow
+from koopt.live.jumps import NEAR, SHORT, STRICTER, TOLERANCE, agreement, follow
 from koopt.live.moments import recall
 from koopt.live.secants import TEMPERED, Secants, Step, as_trained, gradients, newton
 
@@ -213,27 +213,37 @@ def test_disagreement_is_small_for_the_same_loss_and_large_for_another():
         return 0.5 * (weights[0] @ hessian @ weights[0]).item()
 
     found = follow(step, saved, loss(saved), 4, loss)
+
+    def disagreement(*given):
+        return abs(agreement(found, *given) - 1)
+
     curvature = (step.direction @ hessian @ step.direction).item()
     expected = abs(SHORT * found.length * curvature / step.slope) / 2
-    assert disagreement(found, loss(saved), saved, loss) == pytest.approx(expected, rel=1e-3)
-    assert disagreement(found, None, saved, loss) == pytest.approx(expected, rel=1e-3)
+    assert disagreement(loss(saved), saved, loss) == pytest.approx(expected, rel=1e-3)
+    assert disagreement(None, saved, loss) == pytest.approx(expected, rel=1e-3)
     assert expected < TOLERANCE / 2  # also for steps that shrink a loss by all that there is
-    assert disagreement(found, None, saved, lambda weights: -loss(weights)) > 1.9
-    assert not disagreement(found, None, saved, lambda weights: math.nan) <= TOLERANCE
+    assert disagreement(None, saved, lambda weights: -loss(weights)) > 1.9
+    assert not disagreement(None, saved, lambda weights: math.nan) <= TOLERANCE
 
     def bent(weights, at=0.4 * SHORT * found.length):  # beyond a fiftieth of the way it grows
         gone = ((weights[0] - step.origin) @ step.direction / step.direction.square().sum()).item()
         return loss(saved) + step.slope * gone + 3 * abs(step.slope) * max(0.0, gone - at)
 
-    assert disagreement(found, None, saved, bent) < STRICTER
+    assert disagreement(None, saved, bent) < STRICTER
 
     def steeper(weights):  # by half, but from nearby by a tenth only
         gone = ((weights[0] - step.origin) @ step.direction / step.direction.square().sum()).item()
         return loss(saved) + (1.1 if gone < 2 * NEAR * found.length else 1.5) * step.slope * gone
 
-    assert disagreement(found, None, saved, steeper) == pytest.approx(0.5)
-    assert disagreement(found, None, saved, lambda weights: bent(weights, 0.0)) > 1
-    assert disagreement(found, 1e9, saved, lambda weights: -loss(weights)) == 0  # not to be told from rounding
+    assert disagreement(None, saved, steeper) == pytest.approx(0.5)
+    assert disagreement(None, saved, lambda weights: bent(weights, 0.0)) > 1
+    assert disagreement(1e9, saved, lambda weights: -loss(weights)) == 0  # not to be told from rounding
+    for scale in (0.01, 100.0):
+        scaled = agreement(found, None, saved, lambda weights, scale=scale: scale * loss(weights), None, scale)
+        assert abs(scaled - 1) == pytest.approx(expected, rel=1e-3)
+        assert agreement(found, None, saved, lambda weights, scale=scale: scale * loss(weights)) == pytest.approx(
+            scale, rel=0.1
+        )
 
 
 @pytest.mark.parametrize("mode", ["auto", "jump"])

@@ -1,4 +1,4 @@
-"""The tasks of benchmarks/unseen.py and held_out.py, and what these make of their runs."""
+"""The tasks of benchmarks/unseen.py, held_out.py and clipping.py, and what these make of their runs."""
 
 import hashlib
 import math
@@ -12,6 +12,7 @@ from digits import write as write_digits
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import clipping
 import held_out
 import unseen
 from fresh_tasks import FRESH, FRESH_NOISY
@@ -115,3 +116,11 @@ def test_rows_tables_and_the_figure(tmp_path):
     assert "| `half-batches` |" in table
     draw(rows, lambda figure: plot.save(figure, tmp_path / "unseen.png"))
     assert (tmp_path / "unseen.png").stat().st_size > 10_000
+
+
+def test_loops_that_clip_are_compared_with_themselves():
+    task = replace(TASKS["poisson"], steps=80, looks=8)
+    for share in (None, 0.01):
+        cost, seconds = clipping.needed(task, share, 0)
+        assert 0 < cost < 0.8
+        assert seconds > 0

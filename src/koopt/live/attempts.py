@@ -15,7 +15,7 @@ from koopt.live import records, secants
 from koopt.live.budget import ENOUGH, GUARD, MOST, SNAPSHOT, TRIES, Costs, Schedule
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, block_after, displaced, paired, smooth, unpaired
 from koopt.live.clipping import Clipping
-from koopt.live.jumps import TOLERANCE, WORSE, Found, disagreement, follow, loss_along, search
+from koopt.live.jumps import TOLERANCE, WORSE, Found, agreement, follow, loss_along, search
 from koopt.live.moments import Moments
 from koopt.live.preconditioning import by_matrices
 from koopt.live.refreshing import write_buffers
@@ -370,13 +370,13 @@ class Attempts:
                 now = loss_along(step, 0.0, saved, self._judge.loss, self._ranks)[0]
                 if not math.isclose(now, before, rel_tol=SAME):
                     return Found(f"the guard is {now:.6g} at weights where it was {before:.6g}", before)
-            found = follow(step, saved, before, TRIES - 1, self._judge.loss, self._ranks)
+            scale = self._streak.scale
+            found = follow(step, saved, before, TRIES - 1, self._judge.loss, self._ranks, scale)
             if doubtful and found.weights is not None:
-                off = disagreement(found, start, saved, self._judge.loss, self._ranks)
-                if not off <= TOLERANCE:
-                    return Found(
-                        f"{NOISY} by {off:.2g} of it (mini-batches, or not the guard's loss at its scale)", before
-                    )
+                ratio = agreement(found, start, saved, self._judge.loss, self._ranks, scale)
+                off = abs(ratio - 1)
+                if not off <= TOLERANCE and not self._streak.rescaled(scale * ratio):
+                    return Found(f"{NOISY} by {off:.2g} of it", before)
             return found
 
         return self._judge.best(searching, start)

@@ -146,18 +146,20 @@ RESOLVED = 1e-5  # of the loss
 SUFFICIENT, SHORTEN = 1e-4, (0.05, 0.5)  # of the slope; of a length, to the next one
 
 
-def disagreement(
+def agreement(
     found: Found,
     start: float | None,
     saved: Sequence[Tensor],
     evaluate: Callable[[Sequence[Tensor]], float],
     ranks: Ranks | None = None,
+    scale: float = 1.0,
 ) -> float:
-    """How far the guard's slope along a move is from that of the gradients, relatively, by three evaluations at most.
+    """The guard's slope along a move, over what gradients say that it is, by three evaluations at most.
 
-    Where both are of the same loss it is about 0: then gradients are not noise. Under mini-batches it is of order 1.
-    Where the slope is too small to be told from rounding it is 0 as well. A bend of the loss, as of ReLU, looks like
-    noise from afar but not from nearby, so a slope that is off is looked at once more, along a tenth of the way.
+    Where both are of the same loss it is about 1: then gradients are not noise. Under mini-batches it is off by as
+    much. Where the slope is too small to be told from rounding it is 1 as well. A bend of the loss, as of ReLU, looks
+    like noise from afar but not from nearby, so a slope that is off is looked at once more, along a tenth of the way;
+    where it is off there too, the farther one from 1 counts.
 
     Args:
         found: a move along secants.
@@ -165,6 +167,7 @@ def disagreement(
         saved: the weights as they are.
         evaluate: the loss at other weights.
         ranks: the processes that hold the other columns.
+        scale: how many times the guard's slope is expected to be that of the gradients.
     """
     step = found.along
     assert step is not None
@@ -172,15 +175,15 @@ def disagreement(
         start = loss_along(step, 0.0, saved, evaluate, ranks)[0]
     if not math.isfinite(start):
         return math.inf
-    offs = [0.0]
+    ratios = [1.0]
     for share, tolerance in ((SHORT, TOLERANCE), (NEAR, STRICTER)):
-        expected = step.slope * share * found.length
+        expected = scale * step.slope * share * found.length
         if -expected <= RESOLVED * abs(start):
             break
-        offs.append(abs((loss_along(step, share * found.length, saved, evaluate, ranks)[0] - start) / expected - 1))
-        if offs[-1] <= tolerance:
-            return offs[-1]
-    return max(offs)
+        ratios.append((loss_along(step, share * found.length, saved, evaluate, ranks)[0] - start) / expected)
+        if abs(ratios[-1] - 1) <= tolerance:
+            return ratios[-1]
+    return max(ratios, key=lambda ratio: abs(ratio - 1))
 
 
 def follow(
@@ -190,6 +193,7 @@ def follow(
     count: int,
     evaluate: Callable[[Sequence[Tensor]], float],
     ranks: Ranks | None = None,
+    scale: float = 1.0,
 ) -> Found:
     """Evaluate a step, as much of it as it may be, then less until the loss falls as it should; the lowest is taken.
 
@@ -202,19 +206,20 @@ def follow(
         count: how many evaluations may be made.
         evaluate: the loss at other weights.
         ranks: the processes that hold the other columns.
+        scale: how many times the guard's slope is that of the gradients.
 
     Source: Nocedal & Wright (2006), algorithm 3.1 and section 3.5.
     """
-    best, length = Found(WORSE, before), step.longest
+    best, length, slope = Found(WORSE, before), step.longest, scale * step.slope
     for _ in range(count):
         loss, weights = loss_along(step, length, saved, evaluate, ranks)
         if loss < (before if best.after is None else best.after):
             candidate = Candidate("secants", 1.0, {"rank": step.pairs})
             best = Found("better", before, loss, candidate, None, weights, along=step, length=length)
-        if loss <= before + SUFFICIENT * length * step.slope and best.weights is not None:
+        if loss <= before + SUFFICIENT * length * slope and best.weights is not None:
             break
-        bend = loss - before - step.slope * length
-        lowest = -step.slope * length**2 / (2 * bend) if 0 < bend < math.inf else 0.0
+        bend = loss - before - slope * length
+        lowest = -slope * length**2 / (2 * bend) if 0 < bend < math.inf else 0.0
         length = min(max(lowest, SHORTEN[0] * length), SHORTEN[1] * length)
     return best
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
+
+REPEATED = 0.03  # how far one ratio of slopes may be from the next, if it is a scale
+ANOTHER = 3.0  # what is off by less may be another loss, of other examples, and not another scale
 
 
 @dataclass
@@ -22,6 +26,8 @@ class Streak:
         loss: the guard's, after the last.
         expected: the product of the last step and of how the gradient is to change by it; 0: nothing is expected.
         left: the weights as the last left them; none in a resumed run until the next.
+        scale: how many times the guard's slope is that of the gradients: a mean beside a sum, say.
+        ratio: how many times it was when last they did not agree.
 
     >>> streak = Streak()
     >>> streak.go_on(0.5, [torch.ones(1)])
@@ -33,6 +39,8 @@ class Streak:
     loss: float = 0.0
     expected: float = 0.0
     left: list[Tensor] = field(default_factory=list)
+    scale: float = 1.0
+    ratio: float = math.nan
 
     def go_on(self, loss: float, weights: Sequence[Tensor]) -> None:
         """One more was taken, to these weights and their loss."""
@@ -43,13 +51,29 @@ class Streak:
         """Whether the weights are as the last left them, as far as is known."""
         return not self.left or all(map(torch.equal, weights, self.left))
 
+    def rescaled(self, ratio: float) -> bool:
+        """Whether slopes that do not agree do so at another scale: of noise the ratio does not come twice.
+
+        >>> streak = Streak()
+        >>> streak.rescaled(0.01), streak.rescaled(0.0102), streak.scale
+        (False, True, 0.0102)
+        >>> streak.rescaled(0.013), streak.scale
+        (False, 1.0)
+        """
+        again = 0 < ratio < math.inf and math.isclose(ratio, self.ratio, rel_tol=REPEATED)
+        found = again and not 1 / ANOTHER < ratio < ANOTHER
+        self.scale, self.ratio = ratio if found else 1.0, ratio
+        return found
+
     def end(self) -> None:
         self.moves, self.expected, self.left = 0, 0.0, []
 
     def state_dict(self) -> dict[str, Any]:
         """All but the weights, which the model has."""
-        return {"moves": self.moves, "last": torch.tensor([self.loss, self.expected], dtype=torch.float64)}
+        last = torch.tensor([self.loss, self.expected, self.scale, self.ratio], dtype=torch.float64)
+        return {"moves": self.moves, "last": last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.moves, (self.loss, self.expected) = state["moves"], state["last"].tolist()
+        self.moves = state["moves"]
+        self.loss, self.expected, self.scale, self.ratio = state["last"].tolist()
         self.left = []  # the model may not have taken over its own yet
