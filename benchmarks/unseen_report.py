@@ -48,7 +48,7 @@ def _whole(rows: Sequence[Row], rate: str) -> str:
     """A line a task: what each method needs to the optimizer's lowest loss; then more of koopt."""
     rows = [row for row in rows if row["rate_is"] == rate]
     methods = [name for name in LOOKS if any(row["method"] == name for row in rows)]
-    ends = ["to half-way", "CPU", "final loss", "> 2 % worse"]
+    ends = ["to half-way", "CPU", "lowest loss", "> 2 % worse"]
     lines = [f"### {rate}", "", "| task | " + " | ".join(methods + ends) + " |"]
     lines.append("|---" * (1 + len(methods) + len(ends)) + "|")
     for task in dict.fromkeys(row["task"] for row in rows):

@@ -95,6 +95,7 @@ class Attempts:
         self._streak = Streak()
         self.jumps: list[Jump] = []
         self.callbacks: list[Callable[[Jump], object]] = []
+        self._watch(0)
 
     @property
     def parts(self) -> dict[str, Snapshots | secants.Secants]:
@@ -158,7 +159,7 @@ class Attempts:
 
     def detach(self) -> None:
         """Leave the parameters as they were found."""
-        self._clipping.watch(False)
+        self._clipping.end()
 
     def _watch(self, steps: int) -> None:
         """Look at the next gradients as backward leaves them, where they are to be recorded."""
@@ -175,11 +176,14 @@ class Attempts:
         if not streak.moves and not self._at_point(steps):
             return False
         factor = self._clipping.factor()
-        if factor is None and not streak.moves:
-            if steps >= schedule.following:
+        if factor is None:
+            held.clear()
+            if streak.moves:
+                self._end(steps)
+            elif steps >= schedule.following:
                 schedule.postpone(steps)
             return False
-        given = secants.gradients(self._optimizer, list(self._weights.named.values()), factor or 1.0)
+        given = secants.gradients(self._optimizer, list(self._weights.named.values()), factor)
         held.end(given, streak.expected)
         streak.expected = 0.0
         doubtful = self._doubtful()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,27 +12,27 @@ import torch
 from koopt.sharding import local
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
-ALIKE = 1e-4  # lengths that differ by no more are the same
+ALIKE = 1e-4  # lengths that differ by no more are the same; or by the rounding of the gradients
 CONSTANT = 0.1  # what changes by no more than this share of what another changes is taken to stay
 
 
 class Clipping:
     """By how much all gradients were shortened between backward and the optimizer's step.
 
-    `clip_grad_norm_` multiplies them all by one number, so that multiplied back they are those of the loss again. A
-    loop that divides them by the same number each time, as a GradScaler or an accumulation does, is not one that clips:
-    there they are taken as they are. So are those that backward did not make, or that were changed in another way.
+    `clip_grad_norm_` multiplies them all by one number, so that multiplied back they are those of the loss again. What
+    a loop divides all of them by at each step, as after an accumulation or by a GradScaler, is no clipping, and is left
+    as it is. So are gradients that backward did not make, or that were changed in another way.
 
     Args:
         parameters: that may have gradients.
 
     Attributes:
-        restores: whether gradients of the loop are multiplied back; None as long as it is not known.
+        divisor: what the loop divides all gradients by, beside clipping; NaN as long as it is not known.
 
     >>> parameter = nn.Parameter(torch.ones(1))
     >>> clipping = Clipping([parameter])
@@ -49,83 +50,98 @@ class Clipping:
         self._parameters = list(parameters)
         self._lengths: dict[int, Tensor] = {}  # as the last backward left them, by place
         self._hooks: list[RemovableHandle] = []
-        self._last: tuple[float, float] | None = None
-        self.restores: bool | None = None
+        self._last = (math.nan, math.nan)  # of all gradients: as backward left them, and what they were divided by
+        self.divisor = math.nan
+        weakref.finalize(self, _remove, self._hooks).atexit = False
 
     def watch(self, on: bool) -> None:
         """Look at what backward leaves from now on, or no longer."""
         if on == bool(self._hooks):
             return
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        _remove(self._hooks)
         self._lengths.clear()
-        if not on:
-            return
-        for place, parameter in enumerate(self._parameters):
+        for place, parameter in enumerate(self._parameters if on else []):
             if parameter.requires_grad and parameter.is_leaf:
                 told = partial(_note, self._lengths, place)  # and not this, which holds the parameters
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(told))
 
-    def factor(self) -> float | None:
-        """What gradients are to be multiplied by to be the loss's; None where that cannot be told yet."""
-        with_gradient = [place for place, parameter in enumerate(self._parameters) if parameter.grad is not None]
-        seen = bool(with_gradient) and sorted(self._lengths) == with_gradient
-        if not seen:
-            self._lengths.clear()
-            return 1.0
-        lengths = [self._lengths[place] for place in with_gradient]
-        lengths += [_length(self._parameters[place]) for place in with_gradient]
-        self._lengths.clear()
-        finest = max((length.dtype for length in lengths), key=lambda dtype: dtype.itemsize)
-        told = torch.stack([length.to(lengths[0].device, finest) for length in lengths]).tolist()  # waits once
-        before, after = told[: len(with_gradient)], told[len(with_gradient) :]
-        left, given = math.hypot(*before), math.hypot(*after)
-        if not 0 < min(left, given) <= max(left, given) < math.inf:
-            return 1.0
-        factor = left / given
-        same = all(
-            math.isclose(a, factor * b, rel_tol=ALIKE, abs_tol=ALIKE * left) for a, b in zip(before, after, strict=True)
-        )
-        if not same:
-            return 1.0
-        if math.isclose(factor, 1.0, rel_tol=ALIKE):
-            self.restores = self.restores is not False
-            return 1.0
-        if self.restores is None:
-            self._decide(left, given)
-        return None if self.restores is None else factor if self.restores else 1.0
+    def end(self) -> None:
+        """Never look again."""
+        self.watch(False)
+        self._parameters = []
 
-    def _decide(self, left: float, given: float) -> None:
-        """Clipped gradients stay as long as they were, scaled ones the same share of what they were."""
-        if self._last is not None:
-            change, length, share = (
-                abs(math.log(now / before))
-                for now, before in zip(
-                    (left, given, left / given), (*self._last, self._last[0] / self._last[1]), strict=True
-                )
-            )
-            if change > ALIKE and min(length, share) < CONSTANT * change:
-                self.restores = length < share
-        self._last = left, given
+    def factor(self) -> float | None:
+        """What gradients are to be multiplied by to be as without clipping; None where that cannot be told yet.
+
+        None also where those of before are found to have been multiplied by too much.
+        """
+        seen = dict(self._lengths)
+        self._lengths.clear()
+        given = {i: _length(parameter) for i, parameter in enumerate(self._parameters) if parameter.grad is not None}
+        if not seen or not set(seen) <= set(given):
+            return 1.0
+        finest = max((length.dtype for length in given.values()), key=lambda dtype: dtype.itemsize)
+        place = next(iter(given.values())).device
+        both = [(seen.get(i, torch.zeros_like(length)), length) for i, length in given.items()]
+        told = torch.stack([length.to(place, finest) for pair in both for length in pair]).tolist()  # waits once
+        before, after = told[::2], told[1::2]
+        left, now = (math.hypot(*(norm for norm, _ in lengths)) for lengths in (before, after))
+        if not 0 < min(left, now) <= max(left, now) < math.inf:
+            return 1.0
+        factor = left / now
+        rounding = max(torch.finfo(self._parameters[i].grad.dtype).eps for i in given)
+        alike = partial(math.isclose, rel_tol=max(ALIKE, rounding))
+        pairs = (
+            (a, factor * b) for one, other in zip(before, after, strict=True) for a, b in zip(one, other, strict=True)
+        )
+        if not all(alike(a, b, abs_tol=ALIKE * left) for a, b in pairs):
+            return 1.0
+        return self._clipped(left, 1.0 if alike(factor, 1.0) else factor, alike)
+
+    def _clipped(self, left: float, factor: float, alike: Callable[[float, float], bool]) -> float | None:
+        """How much of the factor is clipping: clipped gradients stay as long as they were, divided ones the share."""
+        last, share = self._last
+        moved = not math.isnan(last) and not alike(left, last)
+        if moved or math.isnan(last) or not math.isnan(self.divisor):
+            self._last = left, factor
+        if not math.isnan(self.divisor):
+            if moved and alike(factor, share) and not alike(factor, self.divisor):
+                self.divisor = factor
+                return None
+            return 1.0 if alike(factor, self.divisor) else factor / self.divisor
+        if factor == 1.0:
+            self.divisor = 1.0
+        elif moved:
+            changes = [abs(math.log(ratio)) for ratio in (left / last, factor / share, left / last * share / factor)]
+            if min(changes[1:]) < CONSTANT * changes[0]:
+                self.divisor = factor if changes[1] < changes[2] else 1.0
+        return None if math.isnan(self.divisor) else factor / self.divisor
 
     def state_dict(self) -> dict[str, Any]:
-        last = self._last or (math.nan, math.nan)
-        known = math.nan if self.restores is None else float(self.restores)
-        return {"clipping": torch.tensor([known, *last], dtype=torch.float64)}
+        return {"clipping": torch.tensor([self.divisor, *self._last], dtype=torch.float64)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        known, left, given = state["clipping"].tolist()
-        self.restores = None if math.isnan(known) else bool(known)
-        self._last = None if math.isnan(left) else (left, given)
+        self.divisor, left, share = state["clipping"].tolist()
+        self._last = left, share
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
 
 
 def _note(lengths: dict[int, Tensor], place: int, parameter: Tensor) -> None:
-    lengths[place] = _length(parameter)
+    lengths.pop(place, None)
+    if parameter.grad is not None:  # another hook may have used it up
+        lengths[place] = _length(parameter)
 
 
 def _length(parameter: Any) -> Tensor:
-    """Of its gradient, as far as this process holds it."""
+    """`(2,)`, of its gradient, as far as this process holds it: the norm and the largest; one alone may be chance."""
     gradient = local(parameter.grad.detach())
     gradient = gradient if gradient.layout is torch.strided else gradient.coalesce().values()
-    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    finer = torch.promote_types(gradient.dtype, torch.float32)
+    if not gradient.numel():
+        return torch.zeros(2, dtype=finer, device=gradient.device)
+    return torch.stack([torch.linalg.vector_norm(gradient, order, dtype=finer) for order in (2, math.inf)])

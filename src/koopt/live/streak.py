@@ -58,11 +58,12 @@ class Streak:
         >>> streak.rescaled(0.01), streak.rescaled(0.0102), streak.scale
         (False, True, 0.0102)
         >>> streak.rescaled(0.013), streak.scale
-        (False, 1.0)
+        (False, 0.0102)
         """
         again = 0 < ratio < math.inf and math.isclose(ratio, self.ratio, rel_tol=REPEATED)
-        found = again and not 1 / ANOTHER < ratio < ANOTHER
-        self.scale, self.ratio = ratio if found else 1.0, ratio
+        found, self.ratio = again and not 1 / ANOTHER < ratio < ANOTHER, ratio
+        if again:
+            self.scale = ratio if found else 1.0
         return found
 
     def end(self) -> None:
