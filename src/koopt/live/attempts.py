@@ -76,13 +76,14 @@ class Attempts:
     ) -> None:
         self._optimizer, self._model, self._weights, self._judge = optimizer, model, weights, judge
         self._means, self._settings, self._ranks = means, settings, ranks
+        whole = list(weights.named.values())
         recorded, place = weights.parameters, (settings.dtype, settings.device)
         self.tail = Snapshots(recorded, settings.rows, *place)
-        self._moments = Moments(optimizer, list(weights.named.values()), settings, ranks)
+        self._moments = Moments(optimizer, whole, settings, ranks)
         self.secants = secants.Secants(recorded, settings.history, *place) if settings.history else None
         # with several processes backward leaves what is not yet summed over them
-        self._clipping = Clipping(list(weights.named.values()) if ranks is None else [])
-        whole = list(weights.named.values())  # so that all processes have the same schedule, however many they are
+        self._clipping = Clipping(whole if ranks is None else [])
+        # of whole weights, so that all processes have the same schedule, however many they are
         window = nbytes_of(whole, settings.rows, 0, settings.dtype)
         pairs = secants.nbytes_of(whole, settings.history, settings.dtype)
         costs = Costs.of(sum(parameter.nbytes for parameter in whole), window, pairs)
@@ -163,7 +164,7 @@ class Attempts:
 
     def _watch(self, steps: int) -> None:
         """Look at the next gradients as backward leaves them, where they are to be recorded."""
-        self._clipping.watch(self.secants is not None and (bool(self._streak.moves) or self._at_point(steps + 1)))
+        self._clipping.watch(bool(self._streak.moves) or self._at_point(steps + 1))
 
     def _at_point(self, step: int) -> bool:
         """Whether a step is one whose gradient is recorded for the step along secants that is due."""

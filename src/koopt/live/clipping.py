@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from koopt.sharding import local
+from koopt.live.secants import values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
-ALIKE = 1e-4  # lengths that differ by no more are the same; or by the rounding of the gradients
+ALIKE = 1e-4  # gradients that differ by no more are the same; or by their rounding
 CONSTANT = 0.1  # what changes by no more than this share of what another changes is taken to stay
 
 
@@ -48,7 +48,7 @@ class Clipping:
 
     def __init__(self, parameters: Sequence[Any]) -> None:
         self._parameters = list(parameters)
-        self._lengths: dict[int, Tensor] = {}  # as the last backward left them, by place
+        self._left: dict[int, Tensor] = {}  # gradients as the last backward left them, by place
         self._hooks: list[RemovableHandle] = []
         self._last = (math.nan, math.nan)  # of all gradients: as backward left them, and what they were divided by
         self.divisor = math.nan
@@ -59,10 +59,10 @@ class Clipping:
         if on == bool(self._hooks):
             return
         _remove(self._hooks)
-        self._lengths.clear()
+        self._left.clear()
         for place, parameter in enumerate(self._parameters if on else []):
             if parameter.requires_grad and parameter.is_leaf:
-                told = partial(_note, self._lengths, place)  # and not this, which holds the parameters
+                told = partial(_note, self._left, place)  # and not this, which holds the parameters
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(told))
 
     def end(self) -> None:
@@ -75,28 +75,23 @@ class Clipping:
 
         None also where those of before are found to have been multiplied by too much.
         """
-        seen = dict(self._lengths)
-        self._lengths.clear()
-        given = {i: _length(parameter) for i, parameter in enumerate(self._parameters) if parameter.grad is not None}
-        if not seen or not set(seen) <= set(given):
+        left, given = dict(self._left), [i for i, one in enumerate(self._parameters) if one.grad is not None]
+        self._left.clear()
+        if not left or not left.keys() <= set(given):
             return 1.0
-        finest = max((length.dtype for length in given.values()), key=lambda dtype: dtype.itemsize)
-        place = next(iter(given.values())).device
-        both = [(seen.get(i, torch.zeros_like(length)), length) for i, length in given.items()]
-        told = torch.stack([length.to(place, finest) for pair in both for length in pair]).tolist()  # waits once
-        before, after = told[::2], told[1::2]
-        left, now = (math.hypot(*(norm for norm, _ in lengths)) for lengths in (before, after))
-        if not 0 < min(left, now) <= max(left, now) < math.inf:
+        after = [values(self._parameters[i]) for i in given]
+        before = [left[i] if i in left else torch.zeros_like(own) for i, own in zip(given, after, strict=True)]
+        found, wanted = (torch.cat([own.flatten().to(after[0].device) for own in all_of]) for all_of in (after, before))
+        now, then = torch.stack([torch.linalg.vector_norm(one) for one in (found, wanted)]).tolist()  # waits once
+        if not 0 < min(now, then) <= max(now, then) < math.inf:
             return 1.0
-        factor = left / now
-        rounding = max(torch.finfo(self._parameters[i].grad.dtype).eps for i in given)
-        alike = partial(math.isclose, rel_tol=max(ALIKE, rounding))
-        pairs = (
-            (a, factor * b) for one, other in zip(before, after, strict=True) for a, b in zip(one, other, strict=True)
-        )
-        if not all(alike(a, b, abs_tol=ALIKE * left) for a, b in pairs):
+        tolerance = max(ALIKE, *(torch.finfo(self._parameters[i].grad.dtype).eps for i in given))
+        alike, factor = partial(math.isclose, rel_tol=tolerance), then / now
+        if alike(factor, 1.0):
+            return self._clipped(then, 1.0, alike)
+        if not torch.linalg.vector_norm(found * factor - wanted).item() <= tolerance * then:
             return 1.0
-        return self._clipped(left, 1.0 if alike(factor, 1.0) else factor, alike)
+        return self._clipped(then, factor, alike)
 
     def _clipped(self, left: float, factor: float, alike: Callable[[float, float], bool]) -> float | None:
         """How much of the factor is clipping: clipped gradients stay as long as they were, divided ones the share."""
@@ -131,17 +126,7 @@ def _remove(hooks: list[RemovableHandle]) -> None:
     hooks.clear()
 
 
-def _note(lengths: dict[int, Tensor], place: int, parameter: Tensor) -> None:
-    lengths.pop(place, None)
+def _note(left: dict[int, Tensor], place: int, parameter: Tensor) -> None:
+    left.pop(place, None)
     if parameter.grad is not None:  # another hook may have used it up
-        lengths[place] = _length(parameter)
-
-
-def _length(parameter: Any) -> Tensor:
-    """`(2,)`, of its gradient, as far as this process holds it: the norm and the largest; one alone may be chance."""
-    gradient = local(parameter.grad.detach())
-    gradient = gradient if gradient.layout is torch.strided else gradient.coalesce().values()
-    finer = torch.promote_types(gradient.dtype, torch.float32)
-    if not gradient.numel():
-        return torch.zeros(2, dtype=finer, device=gradient.device)
-    return torch.stack([torch.linalg.vector_norm(gradient, order, dtype=finer) for order in (2, math.inf)])
+        left[place] = values(parameter).clone()

@@ -198,10 +198,21 @@ def all_finite(parameters: Iterable[Any]) -> bool:
     >>> all_finite([nn.Parameter(torch.ones(1))]), all_finite([parameter])
     (True, False)
     """
-    given = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    values = [own if own.layout is torch.strided else own.coalesce().values() for own in given]
-    flags = [value.isfinite().all() for value in values]
+    flags = [values(parameter).isfinite().all() for parameter in parameters if parameter.grad is not None]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())  # waits for a device once
+
+
+def values(parameter: Any) -> Tensor:
+    """The numbers of its gradient, as far as this process holds it; in float32 at least.
+
+    >>> parameter = nn.Parameter(torch.ones(2))
+    >>> parameter.grad = torch.tensor([0.0, 3.0]).to_sparse()
+    >>> values(parameter)
+    tensor([3.])
+    """
+    gradient = local(parameter.grad.detach())
+    own = gradient if gradient.layout is torch.strided else gradient.coalesce().values()
+    return own.to(torch.promote_types(own.dtype, torch.float32))
 
 
 def decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
