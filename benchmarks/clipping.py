@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import joblib
 import numpy as np
-from fresh_tasks import FRESH
 from reaching import geometric
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from unseen import TASKS as LOOPS
+from unseen import as_it_stands
 from unseen_report import number
-from unseen_tasks import FULL, LATER, LATEST
 
 from koopt.bench.method import Trainer
 from koopt.bench.methods import attached
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
 
     from koopt.bench.task import Problem, Task
 
-from torch.nn.utils import clip_grad_norm_
-
-TASKS = {task.name: task for task in (*FULL, *LATER, *LATEST, *FRESH)}
+TASKS = {name: task for name, task in LOOPS.items() if task.full_batch}
 NAMES = ("sines", "waves", "poisson", "digits", "running", "trajectories", "splats", "phases")
 SHARES = (None, 0.1, 0.01)
 
@@ -48,16 +47,17 @@ def clipped(
     steps: int,
 ) -> Run:
     """A run whose gradients are shortened to that share of the norm of the first."""
-    found, largest = start(problem, setting, steps), []
+    if share is None:
+        return start(problem, setting, steps)
+    parameters = weights_of(problem.model)
+    problem.loss(problem.batch()).backward()
+    largest = share * get_total_norm([parameter.grad for parameter in parameters]).item()
+    found = start(problem, setting, steps)
 
     def around(closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def clipping() -> Tensor:
             loss = closure()
-            if share is not None:
-                norm = clip_grad_norm_(weights_of(found.model), largest[0] if largest else float("inf"))
-                if not largest:
-                    largest.append(share * norm.item())
-                    clip_grad_norm_(weights_of(found.model), largest[0])
+            clip_grad_norm_(parameters, largest)
             return loss
 
         return clipping
@@ -68,10 +68,10 @@ def clipped(
 
 def needed(task: Task, share: float | None, seed: int) -> tuple[float, float]:
     """What koopt needs to the lowest loss of the loop without it, as a share of its cost and of its seconds."""
-    setting = {"optimizer": task.optimizers[0], "rate": task.rates[1], "schedule": task.schedules[0]}
+    setting = as_it_stands("koopt", task).setting
     plain = Trainer("plain", partial(clipped, start_plain, share), searched)
     koop = Trainer("koopt", partial(clipped, attached.start(start_plain), share), searched)
-    one, own = (run(task, way, setting | {"evaluated": "trained"}, seed)[0] for way in (plain, koop))
+    one, own = (run(task, way, setting, seed)[0] for way in (plain, koop))
     cost = crossing(own.curve.cost, own.curve.loss, one.final) / float(one.curve.cost[-1])
     return cost, crossing(own.curve.seconds, own.curve.loss, one.final) / float(one.curve.seconds[-1])
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from koopt.bench.run import Record
     from koopt.bench.task import Task
 
+TASKS = {task.name: task for task in (*FULL, *LATER, *LATEST, *FRESH, *NOISY, *FRESH_NOISY)}
 TUNING = (1000, 1001)
 NUDGED = Trainer("rounding", nudged, searched, title="one rounding")
 COMPARED = {  # the optimizer first; with the rate as it stands, and each with its own
@@ -186,21 +187,20 @@ def beside(task: Task) -> list[Way]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tasks = {task.name: task for task in (*FULL, *LATER, *LATEST, *FRESH, *NOISY, *FRESH_NOISY)}
     parser.add_argument(
-        "tasks", nargs="*", metavar="TASK", help=f"of {', '.join(tasks)}; all of them, if none is given"
+        "tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)}; all of them, if none is given"
     )
     parser.add_argument("--seeds", type=int, default=6, help="from 0 on")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--quick", action="store_true", help="full batches only with the rate as it stands")
     parser.add_argument("--output", type=Path, default=Path("results/unseen"), metavar="DIR")
     given = parser.parse_args()
-    if unknown := set(given.tasks) - set(tasks):
-        parser.error(f"unknown tasks {', '.join(sorted(unknown))}, expected some of {', '.join(tasks)}")
+    if unknown := set(given.tasks) - set(TASKS):
+        parser.error(f"unknown tasks {', '.join(sorted(unknown))}, expected some of {', '.join(TASKS)}")
     seeds, rates = range(given.seeds), (STANDS,) if given.quick else tuple(COMPARED)
     rows: list[dict[str, Any]] = []
-    for name in given.tasks or tasks:
-        task, trials = tasks[name], Trials(tasks[name], given.output / name, given.jobs)
+    for name in given.tasks or TASKS:
+        task, trials = TASKS[name], Trials(TASKS[name], given.output / name, given.jobs)
         with terminal.progress() as progress:
             make(task, trials, seeds, progress, rates)
         for line in trials.failed.values():

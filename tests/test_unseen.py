@@ -15,16 +15,13 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import clipping
 import held_out
 import unseen
-from fresh_tasks import FRESH, FRESH_NOISY
+from unseen import TASKS
 from unseen_report import STANDS, TUNED, draw, markdown
-from unseen_tasks import FULL, LATER, LATEST, NOISY
 
 from koopt import plot
 from koopt.bench.run import Curve, Record
 from koopt.bench.trials import Trials
 from koopt.experiments import data
-
-TASKS = {task.name: task for task in (*FULL, *LATER, *LATEST, *FRESH, *NOISY, *FRESH_NOISY)}
 
 
 @pytest.fixture(scope="module", autouse=True)
