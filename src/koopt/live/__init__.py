@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from koopt import distributed, sharding
-from koopt.live import secants
+from koopt.live import eigenbases, secants
 from koopt.live.candidates import FEWEST
 from koopt.live.handle import Live, is_attached
 from koopt.live.moments import POLICIES, SECOND_POLICIES
@@ -42,6 +42,7 @@ def attach(
     history: int | None = None,
     momentum: str = "keep",
     second_moments: str = "age",
+    precondition: int | None = None,
     max_overhead: float = 0.06,
     refresh: Callable[[], object] | None = None,
     dtype: torch.dtype | None = None,
@@ -54,8 +55,9 @@ def attach(
     After each step the weights are recorded. With a guard a jump is tried at the end of each cycle: candidates are made
     from the last steps, a few are evaluated by the guard, and the best is kept if its loss is lower than now. In
     between, steps along secants of weights and gradients are tried; on full batches they follow one another, in the
-    place of the optimizer's own moves, as long as the guard's loss falls. A run without accepted jumps is bit for bit
-    the run without koopt.
+    place of the optimizer's own moves, as long as the guard's loss falls. Where the motion is noise there are no jumps;
+    there moves of Adam are made in the eigenbases of each weight matrix's gradients, as SOAP makes them. Without a
+    guard, or with ``precondition=0``, a run without accepted jumps is bit for bit the run without koopt.
 
     Args:
         optimizer: any ``torch.optim`` optimizer, or a wrapper that holds one as `optimizer`.
@@ -79,9 +81,13 @@ def attach(
             successive points.
         second_moments: after a jump "age" averages of squared gradients, as Adam holds them: their bias is corrected
             for as many more steps as it goes ahead, at most a cycle; or "keep" them.
+        precondition: the longest side of a weight, taken as a matrix of its first dimension by the others, in whose
+            eigenbasis moves are made, if the optimizer is torch's Adam or AdamW. 0: all moves stay the optimizer's own;
+            a number: from the start, in all modes; None: 256 in mode "auto" with a guard, from a look that finds noise
+            on until a jump is accepted, and 0 in other modes, or with several processes.
         max_overhead: what recording, fits and the guard may cost, as a share of the steps. It is counted, not measured:
             an evaluation is 1/3 of a step, the rest goes by bytes as on batches of 64; see docs/live.md. Steps along
-            secants that lowered the loss are not counted.
+            secants that lowered the loss are not counted, nor are moves in eigenbases.
         refresh: called without arguments once weights are moved, to renew what depends on them, such as the statistics
             of BatchNorm: ``lambda: torch.optim.swa_utils.update_bn(loader, model)``. A jump has to be better with them
             too, else weights and buffers are put back. None: buffers stay as they are.
@@ -135,6 +141,10 @@ def attach(
             raise ValueError(f"{name} is {value!r}, expected a whole number >= {least}{why}")
     if history is not None and (isinstance(history, bool) or not isinstance(history, int) or history < 0):
         raise ValueError(f"history is {history!r}, expected a whole number >= 0, or None")
+    if precondition is not None and (
+        isinstance(precondition, bool) or not isinstance(precondition, int) or precondition < 0
+    ):
+        raise ValueError(f"precondition is {precondition!r}, expected a whole number >= 0, or None")
     if window % 2:
         raise ValueError(f"window is {window}, expected an even number: its block means merge in pairs")
     if isinstance(max_overhead, bool) or not isinstance(max_overhead, Real) or not 0 <= max_overhead < math.inf:
@@ -153,6 +163,15 @@ def attach(
     if tail is None:
         tail = min(cycle, TAIL)
     mode = mode if guard is not None else "forecast"
+    replaced = stepping is inner and eigenbases.replaces(inner)
+    if precondition and not replaced:
+        raise ValueError(
+            f"precondition is {precondition}, but the optimizer is {type(optimizer).__name__}, expected torch's Adam "
+            "or AdamW by itself; leave it None"
+        )
+    at_once = precondition is not None
+    if precondition is None:
+        precondition = eigenbases.LARGEST if mode == "auto" and replaced else 0
     settings = Settings(
         mode=mode,
         window=window,
@@ -164,11 +183,17 @@ def attach(
         dtype=dtype,
         device=place,
         history=0 if mode == "forecast" else history,
+        precondition=precondition,
+        at_once=at_once,
     )
     if settings.history and inside:
         raise ValueError(f"history is {history}, but L-BFGS leaves no gradient of where a step began; leave it 0")
     asked = repr((replace(settings, device=torch.device(place.type)), guard is None, refresh is None))
     ranks = distributed.join(model, named, group, asked)
+    if ranks is not None and precondition:
+        if at_once:
+            raise ValueError(f"precondition is {precondition}, which is for one process alone; leave it None")
+        settings = replace(settings, precondition=0)
     distributed.together(lambda: _require_memory(parameters, settings), ranks, "attach")
     return Live(stepping, inner, model, named, guard, refresh, settings, with_optimizer, ranks)
 
@@ -200,6 +225,7 @@ def _require_memory(parameters: Sequence[Tensor], settings: Settings) -> None:
     snapshots, means = settings.snapshots, settings.means
     needed = nbytes_of(parameters, snapshots, means, settings.dtype)
     needed += secants.nbytes_of(parameters, settings.history, settings.dtype)
+    needed += eigenbases.nbytes_of(parameters, settings.precondition)
     free = free_memory(settings.device)
     if free is not None and needed > free:
         raise ValueError(

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from koopt.live.settings import Settings
     from koopt.live.weights import Weights
 
-NOISY = "noise: the guard's slope is off that of the gradients"
+NOISE_FOUND = "noise:"
+NOISY = f"{NOISE_FOUND} the guard's slope is off that of the gradients"
 ALWAYS = 4  # steps along secants before each of which it is asked whether gradients are noise
 PRECONDITIONED = 'preconditioner: the optimizer holds matrices, and jumps do it harm; mode="jump" jumps all the same'
 AGAIN, SAME = 10, 1e-3  # steps along secants that follow one another before the guard is asked anew; how alike it is
@@ -62,6 +63,7 @@ class Attempts:
         secants: of weights and gradients; None where none are asked for.
         jumps: the records of attempts, the oldest first.
         callbacks: each is given every record.
+        noisy: whether noise was found since a jump was last accepted.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Attempts:
         self._streak = Streak()
         self.jumps: list[Jump] = []
         self.callbacks: list[Callable[[Jump], object]] = []
+        self.noisy = False
         self._watch(0)
 
     @property
@@ -104,9 +107,15 @@ class Attempts:
         beside = {} if self.secants is None else {"secants": self.secants}
         return {"snapshots": self.tail} | beside | self._moments.parts
 
+    @property
+    def along_secants(self) -> bool:
+        """Whether steps along secants follow one another now."""
+        return self._streak.moves > 0
+
     def state_dict(self) -> dict[str, Any]:
         """All but what is recorded."""
         state = {name: getattr(self.schedule, name) for name in SCHEDULED} | {"choice": self._choice.state_dict()}
+        state["noisy"] = self.noisy
         if self.secants is not None:
             measured = {name: held.clone() for name, held in self.secants.measured.items()}
             state |= self._streak.state_dict() | self._clipping.state_dict() | {"measured": measured}
@@ -117,6 +126,7 @@ class Attempts:
         for name in SCHEDULED:
             setattr(self.schedule, name, state[name])
         self._choice.load_state_dict(state["choice"])
+        self.noisy = state["noisy"]
         if self.secants is not None:
             self._streak.load_state_dict(state)
             self._clipping.load_state_dict(state)
@@ -287,6 +297,7 @@ class Attempts:
     def _tell(self, jump: Jump) -> Jump:
         """Keep the record of an attempt, and pass it on."""
         self.jumps.append(jump)
+        self.noisy = not jump.accepted and (self.noisy or jump.reason.startswith(NOISE_FOUND))
         log.log(logging.INFO if jump.moves == 1 else logging.DEBUG, "%s", jump)
         for callback in self.callbacks:
             callback(jump)
@@ -340,7 +351,7 @@ class Attempts:
         block, self._block = self._block, min(block_after(self._block, halvings, rough), self._settings.block)
         if rough > NOISE and self._settings.mode == "auto":
             self.schedule.look_again(steps)
-            return Found(f"noise: one snapshot ahead a forecast misses {rough:.2g} of an increment"), {}
+            return Found(f"{NOISE_FOUND} one snapshot ahead a forecast misses {rough:.2g} of an increment"), {}
         self.schedule.spent += self.schedule.costs.fit
         recorded, size = len(snapshots), 2**halvings
         for _ in range(halvings):

@@ -14,6 +14,7 @@ from koopt import sharding
 from koopt.live import evaluating, records, resuming
 from koopt.live.attempts import Attempts
 from koopt.live.budget import MEAN
+from koopt.live.eigenbases import Eigenbases
 from koopt.live.judging import Judge
 from koopt.live.skipping import skipped
 from koopt.live.weights import Weights
@@ -71,6 +72,7 @@ class Live:
         self._means = BlockMeans(recorded, settings.window, *place) if settings.means else None
         jumping = (optimizer, model, self._weights, self._judge, self._means, settings, ranks)
         self._attempts = Attempts(*jumping) if settings.snapshots else None
+        self._bases = Eigenbases(optimizer, named, settings.precondition) if settings.precondition else None
         self._taste = evaluating.Taste()
         self._loading: tuple[Mapping[str, Any], list[Jump]] | None = None  # what waits for the optimizer's own part
         self.steps = 0
@@ -109,6 +111,21 @@ class Live:
         return [] if self._attempts is None else self._attempts.jumps
 
     @property
+    def preconditioned(self) -> int:
+        """How many steps so far were made in the eigenbases of gradients; see `precondition` of :func:`koopt.attach`.
+
+        >>> model = nn.Linear(2, 2)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> koop = koopt.attach(optimizer, model, precondition=256)
+        >>> for _ in range(20):
+        ...     model(torch.ones(8, 2)).square().sum().backward()
+        ...     optimizer.step()
+        >>> koop.preconditioned
+        11
+        """
+        return 0 if self._bases is None else self._bases.steps
+
+    @property
     def nbytes(self) -> int:
         """The memory held between steps, all of it taken at the start; an attempt takes about three copies more.
 
@@ -116,7 +133,8 @@ class Live:
         >>> koopt.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, window=10).nbytes  # and an open block
         88
         """
-        return sum(part.nbytes for part in self._parts().values())
+        bases = 0 if self._bases is None else self._bases.nbytes
+        return bases + sum(part.nbytes for part in self._parts().values())
 
     def forecast(self, steps: float | None = None) -> dict[str, Tensor]:
         """Better weights than the last ones, for evaluation; training is not touched.
@@ -271,6 +289,8 @@ class Live:
         self._taste.load_state_dict(state["taste"])
         if self._attempts is not None:
             self._attempts.load_state_dict(state["attempts"], jumps, state["steps"])
+        if self._bases is not None:
+            self._bases.load_state_dict(state["bases"])
         self.steps, self._judge.sound = state["steps"], state["sound"]
 
     def _require_fits(self, state: Mapping[str, Any]) -> list[Jump]:
@@ -286,6 +306,8 @@ class Live:
         state["taste"] = self._taste.state_dict()
         if self._attempts is not None:
             state["attempts"] = self._attempts.state_dict()
+        if self._bases is not None:
+            state["bases"] = self._bases.state_dict()
         return state | {name: self._weights.named_state(part) for name, part in recorded.items()}
 
     def _parts(self) -> dict[str, Snapshots | BlockMeans | Secants]:
@@ -315,6 +337,8 @@ class Live:
             return
         self.steps += 1
         attempts, means = self._attempts, self._means
+        if self._bases is not None:
+            self._precondition(self._bases)
         # while jumps are accepted an average would be cleared by the next one
         paused = attempts is not None and attempts.jumps and attempts.jumps[-1].accepted
         if means is not None and not paused and means.is_due():
@@ -323,6 +347,15 @@ class Live:
                 attempts.schedule.spent += MEAN
         if attempts is not None:
             attempts.after(self.steps)
+
+    def _precondition(self, bases: Eigenbases) -> None:
+        """The move that was just made, where it is to be made in the eigenbases of gradients."""
+        attempts = self._attempts
+        along = attempts is not None and attempts.along_secants  # which gives it up anyway
+        if not along and (self._settings.at_once or (attempts is not None and attempts.noisy)):
+            bases.replace()
+        else:
+            bases.clear()
 
     def _forecast(self, steps: float | None) -> list[Tensor]:
         self._weights.require_free()

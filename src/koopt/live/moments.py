@@ -46,7 +46,8 @@ class Moments:
         ranks: the processes that hold the other columns.
 
     >>> from koopt.live.settings import Settings
-    >>> settings = Settings("jump", 56, 100, 60, "combine", "keep", 0.06, torch.float32, torch.device("cpu"), 0)
+    >>> place = torch.float32, torch.device("cpu")
+    >>> settings = Settings("jump", 56, 100, 60, "combine", "keep", 0.06, *place, 0, 0, False)
     >>> parameter = nn.Parameter(torch.ones(2))
     >>> Moments(torch.optim.SGD([parameter], lr=0.1), [parameter], settings, None).parts.keys()
     dict_keys(['momenta'])

@@ -25,6 +25,8 @@ class Settings:
     dtype: torch.dtype
     device: torch.device
     history: int
+    precondition: int
+    at_once: bool  # and not only where there is noise
 
     @property
     def block(self) -> int:

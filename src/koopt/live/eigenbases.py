@@ -1,0 +1,280 @@
+"""Moves of Adam made in the eigenbases of each weight matrix's gradients, where its own scale single weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from koopt import sharding
+from koopt.live.secants import gradients
+from koopt.live.skipping import groups_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from jaxtyping import Float
+    from torch import Tensor
+
+LARGEST = 256  # side whose basis is found by default: to multiply by one takes as long as to forward as many examples
+FIRST = 10  # gradients before the first bases
+EVERY, SAMPLED = 10, 2  # steps between new bases, and between gradients that these are made from
+MEMORY = 0.98  # of the averages, a step
+FLOOR = 1e-6  # of the largest entry: what is smaller is rounding, and is not scaled up
+REPLACED = (torch.optim.Adam, torch.optim.AdamW)  # as they are, and none derived from them
+log = logging.getLogger("koopt")
+
+
+@dataclass(eq=False)
+class Matrix:
+    """The gradients of a weight, taken as a matrix of its first dimension by the others.
+
+    Attributes:
+        products: `(rows, rows)` and `(columns, columns)`, averages of the gradient times its transpose, and of the
+            transpose times it; None of a side that is too long.
+        bases: their eigenvectors as columns.
+        momentum: `(rows, columns)`, Adam's, in the bases.
+        squares: `(rows, columns)`, the average of squared gradients in the bases.
+        seen: how many gradients the products are of.
+    """
+
+    products: tuple[Tensor | None, Tensor | None]
+    bases: tuple[Tensor | None, Tensor | None]
+    momentum: Tensor
+    squares: Tensor
+    seen: int = 0
+
+    @classmethod
+    def of(cls, parameter: Tensor, largest: int) -> Matrix:
+        """With nothing seen.
+
+        >>> Matrix.of(torch.zeros(2, 8, 5), largest=20).products
+        (tensor([[0., 0.],
+                [0., 0.]]), None)
+        """
+        dtype, zeros = torch.promote_types(parameter.dtype, torch.float32), parameter.detach().new_zeros
+        sides = _sides(parameter)
+
+        def squared(side: int) -> Tensor | None:
+            return zeros(side, side, dtype=dtype) if 1 < side <= largest else None
+
+        products, bases = ((squared(sides[0]), squared(sides[1])) for _ in range(2))
+        return cls(products, bases, zeros(sides, dtype=dtype), zeros(sides, dtype=dtype))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is held, by name."""
+        names = ("row_products", "column_products", "row_basis", "column_basis")
+        sides = zip(names, (*self.products, *self.bases), strict=True)
+        held = {name: one for name, one in sides if one is not None}
+        return held | {"momentum": self.momentum, "squares": self.squares}
+
+    def see(self, gradient: Float[Tensor, "rows columns"], decay: float) -> None:
+        """Take a gradient into the products, in which the first ones weigh alike."""
+        decay = min(decay, 1 - 1 / (self.seen + 1))
+        self.seen += 1
+        for product, own in zip(self.products, (gradient, gradient.mT), strict=True):
+            if product is not None:
+                product.addmm_(own, own.mT, beta=decay, alpha=1 - decay)
+
+    def begin(self, squares: Float[Tensor, "rows columns"]) -> None:
+        """The first bases, and what squared gradients are in them if their average is a product of its margins.
+
+        >>> matrix = Matrix.of(torch.zeros(2, 1), largest=2)
+        >>> matrix.see(torch.tensor([[3.0], [4.0]]), decay=0.5)
+        >>> matrix.begin(torch.tensor([[9.0], [16.0]]))
+        >>> matrix.squares.round()
+        tensor([[25.],
+                [ 0.]])
+        """
+        tiny = torch.finfo(squares.dtype).tiny  # where there are no gradients
+        total, margins = squares.sum().clamp_min(tiny), [squares.sum(1), squares.sum(0)]
+        for side, (product, basis) in enumerate(zip(self.products, self.bases, strict=True)):
+            if product is not None and basis is not None:
+                values, vectors = torch.linalg.eigh(product)
+                basis.copy_(vectors.flip(1))  # the largest first, which an iteration keeps apart best
+                shares = values.flip(0).clamp_min(0.0)
+                margins[side] = shares * (total / shares.sum().clamp_min(tiny))
+        self.squares.copy_(torch.outer(margins[0], margins[1] / total))
+
+    def renew(self) -> None:
+        """The bases some steps later: one orthogonal iteration, after which columns still mean about the same."""
+        for product, basis in zip(self.products, self.bases, strict=True):
+            if product is not None and basis is not None:
+                basis.copy_(torch.linalg.qr(product @ basis)[0])
+
+    def turned(self, matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """In the bases."""
+        rows, columns = self.bases
+        matrix = matrix if rows is None else rows.mT @ matrix
+        return matrix if columns is None else matrix @ columns
+
+    def move(self, epsilon: float) -> Float[Tensor, "rows columns"]:
+        """Momentum over the root of the squares, in the weights' own coordinates."""
+        roots = self.squares.sqrt()
+        roots += (FLOOR * roots.amax()).add_(epsilon)
+        rows, columns = self.bases
+        found = torch.div(self.momentum, roots, out=roots)
+        found = found if rows is None else rows @ found
+        return found if columns is None else found @ columns.mT
+
+    def sound(self) -> bool:
+        return all(bool(one.isfinite().all()) for one in self.products if one is not None)
+
+
+class Eigenbases:
+    """Replaces moves of Adam by those that it makes in the eigenbases of the gradients' products.
+
+    Adam scales each weight by the size of its gradients. In these bases entries of a gradient are nearly uncorrelated,
+    so that scaling them one by one comes near to multiplying by an inverse curvature. What the optimizer holds is left
+    as it is, so that its own moves can follow at any time.
+
+    Args:
+        optimizer: whose moves they are, one of `REPLACED`.
+        named: the parameters by name.
+        largest: side whose basis is found, of a weight as a matrix of its first dimension by the others.
+
+    Attributes:
+        matrices: by name, of the parameters that have such a side.
+        steps: at which moves were replaced.
+
+    Source: Vyas et al. (2024), SOAP; the products are those of Gupta et al. (2018), Shampoo.
+
+    >>> weight = nn.Parameter(torch.ones(2, 2))
+    >>> optimizer = torch.optim.Adam([weight], lr=0.1)
+    >>> held = Eigenbases(optimizer, {"weight": weight}, largest=2)
+    >>> for _ in range(20):
+    ...     optimizer.zero_grad()
+    ...     weight.sum().square().backward()
+    ...     optimizer.step()
+    ...     held.replace()
+    >>> held.steps
+    11
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, named: Mapping[str, Any], largest: int) -> None:
+        self._optimizer = optimizer
+        self._parameters = {name: one for name, one in named.items() if has_side(one, largest)}
+        self.matrices = {name: Matrix.of(one, largest) for name, one in self._parameters.items()}
+        self._taken = self.steps = 0
+
+    @torch.no_grad()
+    def replace(self) -> None:
+        """The optimizer has made a move: give it up for the one in the eigenbases, once these are known."""
+        self._taken += 1
+        given = {name: one for name, one in self._parameters.items() if one.grad is not None}
+        if not given or _skipped(self._optimizer):
+            return
+        groups, replaced = groups_of(self._optimizer), False
+        found = gradients(self._optimizer, list(given.values()))
+        for (name, parameter), gradient in zip(given.items(), found, strict=True):
+            state, group = self._optimizer.state.get(parameter, {}), groups.get(parameter, {})
+            if "exp_avg_sq" in state and not group.get("amsgrad"):
+                replaced |= self._replaced(parameter, gradient, state, group, self.matrices[name])
+        if replaced and not self.steps:
+            log.info("moves are made in the eigenbases of %d weights from now on", len(self.matrices))
+        self.steps += replaced
+
+    def clear(self) -> None:
+        """What was seen is too old by now."""
+        for held in self.matrices.values():
+            held.seen = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for held in self.matrices.values() for one in held.tensors.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        seen = {name: held.seen for name, held in self.matrices.items()}
+        values = {name: {key: one.clone() for key, one in held.tensors.items()} for name, held in self.matrices.items()}
+        return {"taken": self._taken, "steps": self.steps, "seen": seen, "values": values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._taken, self.steps = state["taken"], state["steps"]
+        for name, held in self.matrices.items():
+            held.seen = state["seen"][name]
+            for key, one in held.tensors.items():
+                one.copy_(state["values"][name][key])
+
+    def _replaced(
+        self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], held: Matrix
+    ) -> bool:
+        """Whether there are bases yet."""
+        taken, (beta1, beta2) = float(state["step"]), map(float, group["betas"])
+        gradient, momentum, squares = (
+            one.reshape(held.squares.shape).to(held.squares.dtype)
+            for one in (gradient, state["exp_avg"], state["exp_avg_sq"])
+        )
+        begins, renews = held.seen == FIRST - 1, self._taken % EVERY == 0
+        if held.seen < FIRST or self._taken % SAMPLED == 0:
+            held.see(gradient, MEMORY**SAMPLED)
+        if held.seen < FIRST:
+            return False
+        if (begins or renews) and not (held.sound() and bool(squares.isfinite().all())):
+            held.seen = 0
+            return False
+        corrected = 1 - beta2**taken
+        if begins:
+            held.begin(squares / corrected)
+        elif renews:
+            held.renew()
+        turned = held.turned(gradient)
+        held.squares.mul_(MEMORY).addcmul_(turned, turned, value=1 - MEMORY)
+        if begins or renews:
+            held.momentum.copy_(held.turned(momentum))
+            # momentum of gradients that the squares are not of would be scaled up without bound
+            torch.maximum(held.squares, held.momentum.square(), out=held.squares)
+        else:
+            held.momentum.lerp_(turned, 1 - beta1)
+        epsilon = float(group["eps"])
+        own = momentum / squares.sqrt().mul_(1 / math.sqrt(corrected)).add_(epsilon)
+        change = own.sub_(held.move(epsilon)).mul_(float(group["lr"]) / (1 - beta1**taken))
+        parameter.add_(change.view(parameter.shape))
+        return True
+
+
+def replaces(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether moves of an optimizer can be replaced.
+
+    >>> parameter = nn.Parameter(torch.ones(2))
+    >>> replaces(torch.optim.AdamW([parameter])), replaces(torch.optim.NAdam([parameter]))
+    (True, False)
+    """
+    return type(optimizer) in REPLACED
+
+
+def has_side(parameter: Tensor, largest: int) -> bool:
+    """Whether a weight is held whole, and a matrix with a side of more than 1 and at most so many.
+
+    >>> [has_side(torch.zeros(shape), largest=20) for shape in ((20,), (8, 3, 9, 9), (30, 3, 9))]
+    [False, True, False]
+    """
+    whole = parameter.dim() > 1 and parameter.numel() > 0 and not sharding.is_sharded(parameter)
+    return whole and any(1 < side <= largest for side in _sides(parameter))
+
+
+def nbytes_of(parameters: Iterable[Tensor], largest: int) -> int:
+    """What is held for so many weights.
+
+    >>> nbytes_of([torch.zeros(3, 2), torch.zeros(3)], largest=20)
+    152
+    """
+    found = 0
+    for parameter in parameters:
+        if has_side(parameter, largest):
+            squared = sum(side**2 for side in _sides(parameter) if 1 < side <= largest)
+            found += 2 * (parameter.numel() + squared) * max(parameter.element_size(), torch.float32.itemsize)
+    return found
+
+
+def _sides(parameter: Tensor) -> tuple[int, int]:
+    return len(parameter), parameter[0].numel()
+
+
+def _skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a fused optimizer has just skipped its move, on a GradScaler's flag; waits for the device."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, torch.Tensor) and bool(found)

@@ -1,0 +1,367 @@
+"""Moves in the eigenbases of gradients: what they are, where they are made, and what they leave alone."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from live_tasks import Task, adam, bits, sgd
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import koopt
+from koopt.live.eigenbases import FIRST, MEMORY, Eigenbases, Matrix
+
+NOTHING = 1e-30  # a rate at which no weight is moved, and yet a step taken
+
+
+def stepped(weight, optimizer, held, gradients):
+    """A move for each gradient; returns the last."""
+    before = weight.detach().clone()
+    for gradient in gradients:
+        before = weight.detach().clone()
+        weight.grad = gradient.clone()
+        optimizer.step()
+        held.replace()
+    return weight.detach() - before
+
+
+def made(shape, rate=NOTHING, largest=256, dtype=torch.float64, make=torch.optim.Adam, **options):
+    weight = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    optimizer = make([weight], lr=rate, **options)
+    return weight, optimizer, Eigenbases(optimizer, {"weight": weight}, largest)
+
+
+def randoms(count, *shape, seed=0):
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_a_gradient_of_rank_one_is_followed_as_adam_follows_a_single_weight():
+    left, right = (torch.tensor(one, dtype=torch.float64) for one in ([0.6, 0.8], [0.36, 0.48, 0.8]))
+    gradient = 3 * torch.outer(left, right)
+    weight, optimizer, held = made((2, 3), rate=0.1)
+    move = stepped(weight, optimizer, held, [gradient] * (FIRST + 5))
+    assert held.steps == 6
+    assert torch.allclose(move, -0.1 * gradient / 3, atol=1e-6)  # Adam's own would be -0.1 for each weight
+
+
+def reference(gradients, rate, betas=(0.9, 0.999), epsilon=1e-8):
+    """The move after the first bases, from all gradients, in dense algebra on the weights as one vector."""
+    rows = sum(g @ g.T for g in gradients)
+    columns = sum(g.T @ g for g in gradients)
+    (_, left), (_, right) = torch.linalg.eigh(rows), torch.linalg.eigh(columns)
+    basis = torch.kron(left, right)
+    momentum = sum((1 - betas[0]) * betas[0] ** k * g for k, g in enumerate(reversed(gradients))).flatten() @ basis
+    squares = sum((1 - betas[1]) * betas[1] ** k * g**2 for k, g in enumerate(reversed(gradients)))
+    squares = squares.sum() / (1 - betas[1] ** len(gradients))
+    shares = [torch.linalg.eigvalsh(one) / one.trace() for one in (rows, columns)]
+    start = torch.kron(*shares) * squares
+    squares = MEMORY * start + (1 - MEMORY) * (gradients[-1].flatten() @ basis) ** 2
+    squares = torch.maximum(squares, momentum**2)
+    step = momentum / (squares.sqrt() + epsilon) / (1 - betas[0] ** len(gradients))
+    return -rate * (basis @ step).view_as(gradients[0])
+
+
+def test_the_first_move_is_that_of_a_dense_reference():
+    gradients = randoms(FIRST, 4, 3)
+    weight, optimizer, held = made((4, 3))
+    stepped(weight, optimizer, held, gradients[:-1])
+    optimizer.param_groups[0]["lr"] = 0.1
+    move = stepped(weight, optimizer, held, gradients[-1:])
+    assert torch.allclose(move, reference(list(gradients), 0.1), rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), shape=st.tuples(st.integers(2, 5), st.integers(2, 5)), steps=st.integers(0, 25))
+def test_moves_turn_with_the_coordinates(seed, shape, steps):
+    gradients = randoms(FIRST + steps, *shape, seed=seed)
+    turns = [torch.linalg.qr(randoms(1, side, side, seed=seed + 1)[0])[0] for side in shape]
+    moves = []
+    for given_ in (gradients, turns[0] @ gradients @ turns[1]):
+        weight, optimizer, held = made(shape)
+        stepped(weight, optimizer, held, given_[:-1])
+        optimizer.param_groups[0]["lr"] = 0.1
+        moves.append(stepped(weight, optimizer, held, given_[-1:]))
+    assert torch.allclose(turns[0] @ moves[0] @ turns[1], moves[1], atol=1e-5)
+    assert moves[0].abs().max() > 1e-3
+
+
+def test_weight_decay_that_is_a_part_of_the_loss_is_a_part_of_the_gradient():
+    moves = []
+    for decay in (0.0, 0.1):
+        weight, optimizer, held = made((3, 3), weight_decay=decay)
+        weight.data.fill_(2.0)
+        gradients = randoms(30, 3, 3) + (0.0 if decay else 0.2)
+        stepped(weight, optimizer, held, gradients[:-1])
+        optimizer.param_groups[0]["lr"] = 0.1
+        moves.append(stepped(weight, optimizer, held, gradients[-1:]))
+    assert torch.allclose(*moves, atol=2e-3)
+    assert moves[0].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("options", [{"maximize": True}, {"foreach": False}, {"fused": True}])
+def test_one_basis_that_is_the_identity_leaves_moves_nearly_alone(make, options):
+    """Gradients of one entry each: products are diagonal, and what differs from Adam is the memory of squares."""
+    entry = torch.zeros(2, 2, dtype=torch.float64)
+    entry[0, 1] = 2.0
+    runs = [made((2, 2), rate=0.01, make=make, **options) for _ in range(2)]
+    for weight, optimizer, held in runs:
+        weight.data.fill_(1.0)
+        if held is runs[0][2]:
+            stepped(weight, optimizer, held, [entry] * 30)
+        else:
+            for _ in range(30):
+                weight.grad = entry.clone()
+                optimizer.step()
+    assert runs[0][2].steps == 21
+    ours, own = (weight.detach() for weight, _, _ in runs)
+    assert torch.allclose(ours, own, atol=2e-3)
+    assert (own - 1).abs().max() > 0.2
+
+
+def test_what_the_optimizer_holds_is_its_own():
+    gradients = randoms(30, 4, 3)
+    states = []
+    for replaced in (True, False):
+        weight, optimizer, held = made((4, 3), rate=0.01)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+            if replaced:
+                held.replace()
+        states.append(optimizer.state[weight])
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_side_that_is_too_long_keeps_its_coordinates():
+    weight, optimizer, held = made((3, 2, 5), rate=0.1, largest=9)
+    assert [one is None for one in held.matrices["weight"].products] == [False, True]
+    gradient = torch.zeros(3, 2, 5, dtype=torch.float64)
+    gradient[:, 1, 2] = torch.tensor([1.0, 2.0, 2.0])
+    move = stepped(weight, optimizer, held, [gradient] * (FIRST + 1))
+    assert torch.allclose(move, -0.1 * gradient / 3, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5,), (), (1, 1), (300, 300), (1, 300), (0, 3)], ids=str)
+def test_what_is_no_matrix_of_a_short_side_is_left_to_the_optimizer(shape):
+    assert not made(shape)[2].matrices
+
+
+def test_momentum_of_gradients_that_the_bases_have_not_seen_is_not_scaled_up():
+    """Bases found long after the start are of the last gradients; momentum is of older ones, too."""
+    weight, optimizer, held = made((4, 4), rate=0.1)
+    old = randoms(30, 4, 4)
+    for gradient in old:
+        weight.grad = gradient.clone()
+        optimizer.step()
+    seen = torch.zeros(4, 4, dtype=torch.float64)
+    seen[0, 0] = 1e-3
+    before = weight.detach().clone()
+    stepped(weight, optimizer, held, [seen] * FIRST)
+    assert held.steps == 1
+    assert (weight.detach() - before).norm() < 0.1 * 16 * FIRST / 2
+    move = stepped(weight, optimizer, held, [seen])
+    assert move.abs().max() <= 0.1 * math.sqrt(16)
+
+
+def test_gradients_that_are_zero_or_not_there_move_nothing():
+    weight, optimizer, held = made((3, 3), rate=0.1)
+    stepped(weight, optimizer, held, [torch.zeros(3, 3, dtype=torch.float64)] * 40)
+    assert held.steps == 31
+    assert torch.equal(weight, torch.zeros_like(weight))
+    weight.grad = None
+    optimizer.step()
+    held.replace()
+    assert held.steps == 31
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
+def test_a_gradient_that_cannot_be_multiplied_hands_back_to_the_optimizer(bad):
+    """Squares of 1e200 are infinite: Adam makes no move on them, and nor do we."""
+    gradients = randoms(40, 3, 3)
+    gradients[FIRST + 3, 0, 0] = bad
+    weight, optimizer, held = made((3, 3), rate=0.1)
+    stepped(weight, optimizer, held, gradients)
+    if bad == 1e200:
+        assert bool(weight.isfinite().all())
+    assert 4 <= held.steps < 31
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_raised(dtype):
+    weight, optimizer, held = made((3, 3), rate=0.1, dtype=dtype)
+    stepped(weight, optimizer, held, randoms(20, 3, 3).to(dtype))
+    assert held.matrices["weight"].squares.dtype == torch.float32
+    assert held.steps == 11
+    assert bool(weight.isfinite().all())
+
+
+def test_amsgrad_keeps_its_own_moves():
+    weight, optimizer, held = made((3, 3), rate=0.1, amsgrad=True)
+    stepped(weight, optimizer, held, randoms(20, 3, 3))
+    assert held.steps == 0
+
+
+def test_a_step_that_a_scaler_skips_is_no_move():
+    weight, optimizer, held = made((3, 3), rate=0.1)
+    stepped(weight, optimizer, held, randoms(20, 3, 3))
+    optimizer.found_inf = torch.tensor(1.0)
+    before = weight.detach().clone()
+    held.replace()
+    assert torch.equal(weight, before)
+    assert held.steps == 11
+
+
+def noisy(make, steps=400, seed=0, size=8, **options):
+    """Regression in correlated coordinates from few examples at a time; the loss at the end, without their noise."""
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(12, 12, generator=generator))[0]
+    scales = torch.logspace(0, -2, 12)
+    target = torch.randn(4, 12, generator=generator)
+
+    def batch(count, noise):
+        x = (torch.randn(count, 12, generator=generator) * scales) @ turn
+        return x, x @ target.T + noise * torch.randn(count, 4, generator=generator)
+
+    torch.manual_seed(seed)
+    model = nn.Linear(12, 4, bias=False)
+    optimizer = make(model.parameters())
+    held_out = batch(500, noise=0.0)
+    koop = None
+    if options:
+        koop = koopt.attach(optimizer, model, guard=lambda: mse_loss(model(held_out[0]), held_out[1]), **options)
+    for _ in range(steps):
+        x, y = batch(size, noise=0.3)
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+    return model, optimizer, koop, mse_loss(model(held_out[0]), held_out[1]).item()
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0)
+
+
+def test_correlated_coordinates_are_no_hindrance():
+    plain, ours = (
+        sum(noisy(adamw, seed=seed, precondition=side, mode="auto")[-1] for seed in (0, 1)) for side in (0, 64)
+    )
+    assert ours < 0.4 * plain
+
+
+def test_by_default_moves_are_replaced_where_noise_is_found():
+    _, _, koop, loss = noisy(adamw, mode="auto")
+    first = next(jump.step for jump in koop.jumps if jump.reason.startswith("noise"))
+    assert not any(jump.accepted for jump in koop.jumps)
+    assert koop.preconditioned == 400 - first - FIRST + 1
+    assert loss < noisy(adamw, mode="auto", precondition=0)[-1]
+
+
+@pytest.mark.parametrize("options", [{"mode": "forecast"}, {"mode": "jump"}, {"precondition": 0}], ids=str)
+def test_elsewhere_they_are_the_optimizers_bit_for_bit(options):
+    options = {"mode": "auto"} | options
+    if options["mode"] == "jump":
+        options |= {"max_overhead": 0.0}
+    model, optimizer, koop, _ = noisy(adamw, **options)
+    plain = noisy(adamw)
+    assert koop.preconditioned == 0
+    assert bits(model, optimizer) == bits(*plain[:2])
+
+
+def test_smooth_motion_keeps_the_optimizers_moves():
+    task = Task(adam, steps=200)
+    koop = task.attach(guard=task.loss, mode="auto", history=20)
+    task.run()
+    assert koop.jumps
+    assert koop.preconditioned == 0
+
+
+def test_other_optimizers_are_left_alone_and_refused_where_it_was_asked_for():
+    task = Task(sgd)
+    with pytest.raises(
+        ValueError, match="precondition is 256, but the optimizer is SGD, expected torch's Adam or AdamW"
+    ):
+        task.attach(precondition=256)
+    assert task.attach(guard=task.loss, mode="auto").preconditioned == 0
+
+
+@pytest.mark.parametrize("value", [-1, True])
+def test_what_is_no_length_is_refused(value):
+    with pytest.raises(ValueError, match=r"precondition is .* expected a whole number >= 0, or None"):
+        Task(adam).attach(precondition=value)
+
+
+@pytest.mark.parametrize("loop", [{"accumulate": 3}, {"clip": True}, {"scaler": True}, {"onecycle": True}], ids=str)
+def test_loops_of_all_kinds_have_them(loop):
+    task = Task(adam, **loop)
+    koop = task.attach(precondition=256)
+    before = task.loss().item()
+    task.run()
+    assert koop.preconditioned == 51 - bool(loop.get("scaler"))  # one step is skipped
+    assert task.loss().item() < before
+
+
+def test_a_closure_is_called_as_often_as_without():
+    task = Task(adam)
+    koop = task.attach(precondition=256)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        return task.closure()
+
+    for _ in range(30):
+        task.optimizer.step(closure)
+    assert len(calls) == 30
+    assert koop.preconditioned == 21
+
+
+@pytest.mark.parametrize("at", [5, 25])
+def test_a_resumed_run_is_the_uninterrupted_one(at):
+    def attached():
+        task = Task(adam)
+        return task, task.attach(precondition=256)
+
+    task, koop = attached()
+    task.run(at)
+    state = copy.deepcopy((task.model.state_dict(), task.optimizer.state_dict(), koop.state_dict()))
+    task.run(30)
+    again, other = attached()
+    again.run(3)
+    again.model.load_state_dict(state[0])
+    again.optimizer.load_state_dict(state[1])
+    other.load_state_dict(state[2])
+    again.run(30)
+    assert again.bits == task.bits
+    assert other.preconditioned == koop.preconditioned > 0
+
+
+def test_a_state_of_other_sides_is_refused():
+    state = Task(adam).attach(precondition=256).state_dict()
+    with pytest.raises(ValueError, match="recorded with precondition=256, this run has precondition=4"):
+        Task(adam).attach(precondition=4).load_state_dict(state)
+
+
+def test_the_memory_held_is_counted():
+    without, held = (Task(adam).attach(precondition=side).nbytes for side in (0, 256))
+    weights = {(8, 3): (8, 3), (1, 8): (8,)}
+    assert held - without == 4 * sum(2 * a * b + 2 * sum(s * s for s in sides) for (a, b), sides in weights.items())
+
+
+def test_after_a_pause_what_was_seen_is_seen_anew():
+    weight, optimizer, held = made((3, 3), rate=0.1)
+    stepped(weight, optimizer, held, randoms(20, 3, 3))
+    held.clear()
+    stepped(weight, optimizer, held, 1e-3 * randoms(FIRST, 3, 3, seed=1))
+    assert held.steps == 12
+    assert held.matrices["weight"].products[0].max() < 1e-3
+
+
+def test_the_first_gradients_weigh_alike():
+    matrix = Matrix.of(torch.zeros(1, 2, dtype=torch.float64), largest=2)
+    for value in (1.0, 2.0, 3.0):
+        matrix.see(torch.tensor([[value, 0.0]], dtype=torch.float64), decay=0.98)
+    assert matrix.products[1].tolist() == [[pytest.approx(14 / 3), 0.0], [0.0, 0.0]]
