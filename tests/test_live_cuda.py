@@ -206,3 +206,16 @@ def test_memory_is_what_is_stated():
     more = (torch.cuda.max_memory_allocated() - before) / weights
     assert torch.cuda.memory_allocated() - held <= koop.nbytes + slack
     assert more < 6
+
+
+@pytest.mark.parametrize("name", ["adam foreach", "adamw fused", "capturable", "rate on the device", "scaler fused"])
+def test_moves_in_eigenbases_are_those_of_the_cpu(name):
+    moved = {}
+    for device in ("cpu", "cuda"):
+        own = name if device == "cuda" or name in LOOPS else "adam single"
+        run = Task(**CUDA_LOOPS[own], device=device)
+        koop = run.attach(precondition=256)
+        run.run()
+        assert koop.preconditioned == 51 - (name == "scaler fused")
+        moved[device] = flat(run.model).cpu()
+    assert torch.allclose(moved["cpu"], moved["cuda"], atol=1e-3)

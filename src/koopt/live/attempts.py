@@ -63,7 +63,7 @@ class Attempts:
         secants: of weights and gradients; None where none are asked for.
         jumps: the records of attempts, the oldest first.
         callbacks: each is given every record.
-        noisy: whether noise was found since a jump was last accepted.
+        noisy: whether noise was found, and no jump has ever been accepted.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Attempts:
         self._streak = Streak()
         self.jumps: list[Jump] = []
         self.callbacks: list[Callable[[Jump], object]] = []
-        self.noisy = False
+        self.noisy = self._smooth = False
         self._watch(0)
 
     @property
@@ -115,7 +115,7 @@ class Attempts:
     def state_dict(self) -> dict[str, Any]:
         """All but what is recorded."""
         state = {name: getattr(self.schedule, name) for name in SCHEDULED} | {"choice": self._choice.state_dict()}
-        state["noisy"] = self.noisy
+        state |= {"noisy": self.noisy, "smooth": self._smooth}
         if self.secants is not None:
             measured = {name: held.clone() for name, held in self.secants.measured.items()}
             state |= self._streak.state_dict() | self._clipping.state_dict() | {"measured": measured}
@@ -126,7 +126,7 @@ class Attempts:
         for name in SCHEDULED:
             setattr(self.schedule, name, state[name])
         self._choice.load_state_dict(state["choice"])
-        self.noisy = state["noisy"]
+        self.noisy, self._smooth = state["noisy"], state["smooth"]
         if self.secants is not None:
             self._streak.load_state_dict(state)
             self._clipping.load_state_dict(state)
@@ -297,7 +297,8 @@ class Attempts:
     def _tell(self, jump: Jump) -> Jump:
         """Keep the record of an attempt, and pass it on."""
         self.jumps.append(jump)
-        self.noisy = not jump.accepted and (self.noisy or jump.reason.startswith(NOISE_FOUND))
+        self._smooth |= jump.accepted
+        self.noisy = not self._smooth and (self.noisy or jump.reason.startswith(NOISE_FOUND))
         log.log(logging.INFO if jump.moves == 1 else logging.DEBUG, "%s", jump)
         for callback in self.callbacks:
             callback(jump)

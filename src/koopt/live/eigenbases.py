@@ -23,6 +23,7 @@ LARGEST = 256  # side whose basis is found by default: to multiply by one takes 
 FIRST = 10  # gradients before the first bases
 EVERY, SAMPLED = 10, 2  # steps between new bases, and between gradients that these are made from
 MEMORY = 0.98  # of the averages, a step
+WORTH = 0.9  # roots of squares in the bases, over those in the weights' own coordinates, from which bases bring nothing
 FLOOR = 1e-6  # of the largest entry: what is smaller is rounding, and is not scaled up
 REPLACED = (torch.optim.Adam, torch.optim.AdamW)  # as they are, and none derived from them
 log = logging.getLogger("koopt")
@@ -38,14 +39,18 @@ class Matrix:
         bases: their eigenvectors as columns.
         momentum: `(rows, columns)`, Adam's, in the bases.
         squares: `(rows, columns)`, the average of squared gradients in the bases.
+        plain: `(rows, columns)`, the same in the weights' own coordinates.
         seen: how many gradients the products are of.
+        used: whether moves are made in the bases.
     """
 
     products: tuple[Tensor | None, Tensor | None]
     bases: tuple[Tensor | None, Tensor | None]
     momentum: Tensor
     squares: Tensor
+    plain: Tensor
     seen: int = 0
+    used: bool = True
 
     @classmethod
     def of(cls, parameter: Tensor, largest: int) -> Matrix:
@@ -62,7 +67,8 @@ class Matrix:
             return zeros(side, side, dtype=dtype) if 1 < side <= largest else None
 
         products, bases = ((squared(sides[0]), squared(sides[1])) for _ in range(2))
-        return cls(products, bases, zeros(sides, dtype=dtype), zeros(sides, dtype=dtype))
+        momentum, squares, plain = (zeros(sides, dtype=dtype) for _ in range(3))
+        return cls(products, bases, momentum, squares, plain)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -70,7 +76,7 @@ class Matrix:
         names = ("row_products", "column_products", "row_basis", "column_basis")
         sides = zip(names, (*self.products, *self.bases), strict=True)
         held = {name: one for name, one in sides if one is not None}
-        return held | {"momentum": self.momentum, "squares": self.squares}
+        return held | {"momentum": self.momentum, "squares": self.squares, "plain": self.plain}
 
     def see(self, gradient: Float[Tensor, "rows columns"], decay: float) -> None:
         """Take a gradient into the products, in which the first ones weigh alike."""
@@ -99,9 +105,17 @@ class Matrix:
                 shares = values.flip(0).clamp_min(0.0)
                 margins[side] = shares * (total / shares.sum().clamp_min(tiny))
         self.squares.copy_(torch.outer(margins[0], margins[1] / total))
+        self.plain.copy_(squares)
+        self.used = True
 
     def renew(self) -> None:
-        """The bases some steps later: one orthogonal iteration, after which columns still mean about the same."""
+        """The bases some steps later: one orthogonal iteration, after which columns still mean about the same.
+
+        They are of use where they part large entries of gradients to come from small ones, so that roots of squares
+        have a smaller sum than in the weights' own coordinates: among all bases it is smallest where entries are
+        uncorrelated.
+        """
+        self.used = bool(self.squares.sqrt().sum() <= WORTH * self.plain.sqrt().sum())
         for product, basis in zip(self.products, self.bases, strict=True):
             if product is not None and basis is not None:
                 basis.copy_(torch.linalg.qr(product @ basis)[0])
@@ -188,21 +202,21 @@ class Eigenbases:
         return sum(one.nbytes for held in self.matrices.values() for one in held.tensors.values())
 
     def state_dict(self) -> dict[str, Any]:
-        seen = {name: held.seen for name, held in self.matrices.items()}
+        seen, used = ({name: getattr(held, key) for name, held in self.matrices.items()} for key in ("seen", "used"))
         values = {name: {key: one.clone() for key, one in held.tensors.items()} for name, held in self.matrices.items()}
-        return {"taken": self._taken, "steps": self.steps, "seen": seen, "values": values}
+        return {"taken": self._taken, "steps": self.steps, "seen": seen, "used": used, "values": values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._taken, self.steps = state["taken"], state["steps"]
         for name, held in self.matrices.items():
-            held.seen = state["seen"][name]
+            held.seen, held.used = state["seen"][name], state["used"][name]
             for key, one in held.tensors.items():
                 one.copy_(state["values"][name][key])
 
     def _replaced(
         self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], held: Matrix
     ) -> bool:
-        """Whether there are bases yet."""
+        """Whether there are bases yet, and they are of use."""
         taken, (beta1, beta2) = float(state["step"]), map(float, group["betas"])
         gradient, momentum, squares = (
             one.reshape(held.squares.shape).to(held.squares.dtype)
@@ -223,12 +237,15 @@ class Eigenbases:
             held.renew()
         turned = held.turned(gradient)
         held.squares.mul_(MEMORY).addcmul_(turned, turned, value=1 - MEMORY)
+        held.plain.mul_(MEMORY).addcmul_(gradient, gradient, value=1 - MEMORY)
         if begins or renews:
             held.momentum.copy_(held.turned(momentum))
             # momentum of gradients that the squares are not of would be scaled up without bound
             torch.maximum(held.squares, held.momentum.square(), out=held.squares)
         else:
             held.momentum.lerp_(turned, 1 - beta1)
+        if not held.used:
+            return False
         epsilon = float(group["eps"])
         own = momentum / squares.sqrt().mul_(1 / math.sqrt(corrected)).add_(epsilon)
         change = own.sub_(held.move(epsilon)).mul_(float(group["lr"]) / (1 - beta1**taken))
@@ -260,13 +277,13 @@ def nbytes_of(parameters: Iterable[Tensor], largest: int) -> int:
     """What is held for so many weights.
 
     >>> nbytes_of([torch.zeros(3, 2), torch.zeros(3)], largest=20)
-    152
+    176
     """
     found = 0
     for parameter in parameters:
         if has_side(parameter, largest):
             squared = sum(side**2 for side in _sides(parameter) if 1 < side <= largest)
-            found += 2 * (parameter.numel() + squared) * max(parameter.element_size(), torch.float32.itemsize)
+            found += (3 * parameter.numel() + 2 * squared) * max(parameter.element_size(), torch.float32.itemsize)
     return found
 
 

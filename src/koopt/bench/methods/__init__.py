@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from koopt.bench.method import Observer, Trainer
 from koopt.bench.methods import attached, averages, jumping, quasi_newton, training
+from koopt.live import eigenbases
 
 if TYPE_CHECKING:
     from koopt.bench.task import Task
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 def _with_cosine(task: Task) -> list[dict[str, Any]]:
     """The search of the baseline, without its other schedules."""
     return [setting for setting in training.searched(task) if setting["schedule"] == "cosine"]
+
+
+def _with_adam(task: Task) -> list[dict[str, Any]]:
+    """The search of the baseline, without other optimizers."""
+    return [setting for setting in training.searched(task) if setting["optimizer"] in ("adam", "adamw")]
 
 
 _ALL: tuple[Trainer | Observer, ...] = (
@@ -40,7 +46,7 @@ _ALL: tuple[Trainer | Observer, ...] = (
         training.MOMENTA,
         title="Schedule-Free",
     ),
-    Trainer("soap", training.start_soap, training.soap_settings, training.SOAPS, full_batch=True, title="SOAP"),
+    Trainer("soap", training.start_soap, training.soap_settings, training.SOAPS, title="SOAP"),
     Trainer("lbfgs", quasi_newton.start, quasi_newton.settings, full_batch=True, title="L-BFGS"),
     Trainer(
         "scaled-lbfgs", quasi_newton.start_scaled, quasi_newton.settings, full_batch=True, title="self-scaled L-BFGS"
@@ -84,7 +90,7 @@ _ALL: tuple[Trainer | Observer, ...] = (
     ),
     Trainer(
         "koopt-jumps",
-        attached.start(training.start_plain, history=0),
+        attached.start(training.start_plain, history=0, precondition=0),
         attached.grid(),
         guard=True,
         full_batch=True,
@@ -98,6 +104,14 @@ _ALL: tuple[Trainer | Observer, ...] = (
         full_batch=False,
         without=("optimizer",),
         title="koopt without a guard",
+    ),
+    Trainer(
+        "koopt-preconditioned",
+        attached.start(training.start_plain, False, precondition=eigenbases.LARGEST),
+        attached.grid(_with_adam),
+        full_batch=False,
+        without=("optimizer",),
+        title="koopt without a guard, precondition=256",
     ),
     Trainer(
         "koopt-lbfgs",

@@ -1,0 +1,102 @@
+"""Moves in the eigenbases of gradients, under noise: from when on, of which sides, and beside SOAP.
+
+    python benchmarks/preconditioning.py --tasks mnist-mlp mnist-cnn
+    python benchmarks/preconditioning.py --steps     # how much longer a step takes, on all three noisy tasks
+
+AdamW at constant rates with koopt attached, whose forecast is evaluated, and SOAP likewise. Printed are the steps to
+the losses of AdamW with a cosine schedule at its tuned rate at 50, 75 and 100 % of its own, as a share of these
+(geometric mean over seeds; a loss that is missed counts 1.5), the same of processor time, and the final losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from reaching import mean_shares
+
+import koopt
+from koopt import system
+from koopt.bench.method import Trainer
+from koopt.bench.methods import attached
+from koopt.bench.methods.training import searched, soap_settings, start_plain, start_soap
+from koopt.bench.protocol import losses_at_shares
+from koopt.bench.run import run
+from koopt.bench.tasks import TASKS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from koopt.bench.task import Task
+
+TUNED = {"mnist-mlp": 2e-3, "mnist-cnn": 8e-3, "shakespeare": 4e-3}  # AdamW's, with a cosine schedule
+WAYS: dict[str, dict[str, Any]] = {
+    "own moves": {"precondition": 0},
+    "where noise is found (default)": {},
+    "from the start": {"precondition": 256},
+    "from the start, sides up to 1,000": {"precondition": 1000},
+}
+
+
+def trainers(task: Task) -> Iterator[tuple[str, Trainer]]:
+    for title, options in WAYS.items():
+        yield title, Trainer("koopt", attached.start(start_plain, **options), attached.grid(), guard=True)
+    soap = attached.start(start_soap)
+    yield "SOAP", Trainer("soap", soap, attached.grid(soap_settings), guard=True)
+
+
+def longer(task: Task, repeats: int = 9, steps: int = 20) -> np.ndarray:
+    """Processor time of steps in eigenbases over that of the optimizer's own, in turn; of each repeat."""
+    loops = []
+    for side in (0, 256):
+        problem = task.problem(0, False)
+        optimizer = torch.optim.AdamW(problem.model.parameters(), lr=TUNED[task.name])
+        koopt.attach(optimizer, problem.model, precondition=side)
+        loops.append((problem, optimizer))
+    spent = np.empty((repeats + 2, 2))
+    for repeat in range(repeats + 2):  # bases are found in the first two
+        for place, (problem, optimizer) in enumerate(loops):
+            begin = time.process_time()
+            for _ in range(steps):
+                optimizer.zero_grad()
+                problem.loss(problem.batch()).backward()
+                optimizer.step()
+            spent[repeat, place] = time.process_time() - begin
+    return spent[2:, 1] / spent[2:, 0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TUNED, default=["mnist-mlp", "mnist-cnn"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3000, 3001, 3002])
+    parser.add_argument("--rates", type=float, nargs="+", help="of all ways; the tuned one and half of it if left out")
+    parser.add_argument("--steps", action="store_true", help="only how much longer a step takes")
+    arguments = parser.parse_args()
+    if arguments.steps:
+        for name in TUNED:
+            with system.one_thread():
+                ratios = longer(TASKS[name])
+            print(f"{name}: {np.median(ratios):.2f} times ({ratios.min():.2f} to {ratios.max():.2f})", flush=True)
+        return
+    plain = Trainer("plain", start_plain, searched)
+    for task in (TASKS[name] for name in arguments.tasks):
+        given = {"optimizer": "adamw", "rate": TUNED[task.name], "schedule": "cosine"}
+        runs = [run(task, plain, given, seed)[0] for seed in arguments.seeds]
+        aims = [losses_at_shares(one, task) for one in runs]
+        whole = sum(float(one.curve.seconds[-1]) for one in runs) / len(runs)
+        for rate in arguments.rates or (TUNED[task.name] / 2, TUNED[task.name]):
+            for title, trainer in trainers(task):
+                own = given | {"rate": rate, "schedule": "constant", "evaluated": "forecast"}
+                found = [run(task, trainer, own, seed)[0] for seed in arguments.seeds]
+                curves = [one.curve for one in found]
+                steps, seconds = mean_shares(curves, aims, task.steps), mean_shares(curves, aims, whole, "seconds")
+                cells = [" ".join(f"{share:.2f}" for share in shares) for shares in (steps, seconds)]
+                finals = " ".join(f"{one.final:.3g}" for one in found)
+                print(f"| {task.name} | {rate:g} | {title} | {' | '.join(cells)} | {finals} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
