@@ -401,3 +401,17 @@ def test_correlated_ones_are_left():
     stepped(weight, optimizer, held, correlated(300, 6, 6))
     assert held.matrices["weight"].used
     assert held.steps == 300 - FIRST + 1
+
+
+def test_momentum_that_a_jump_has_changed_is_read_anew():
+    task = Task(adam)
+    koop = task.attach(guard=task.loss, mode="jump", momentum="reset", precondition=256, max_overhead=1.0)
+    after = 0
+    for step in range(60):
+        task.step(step)
+        if koop.jumps and koop.jumps[-1].accepted and koop.jumps[-1].step < koop.steps:
+            after += 1
+            for name, held in koop._bases.matrices.items():
+                momentum = task.optimizer.state[task.model.get_parameter(name)]["exp_avg"]
+                assert torch.allclose(held.momentum, held.turned(momentum), atol=1e-6)
+    assert after > 5

@@ -176,8 +176,12 @@ class Eigenbases:
         self._taken = self.steps = 0
 
     @torch.no_grad()
-    def replace(self) -> None:
-        """The optimizer has made a move: give it up for the one in the eigenbases, once these are known."""
+    def replace(self, jumped: bool = False) -> None:
+        """The optimizer has made a move: give it up for the one in the eigenbases, once these are known.
+
+        Args:
+            jumped: whether its momentum may have been changed since the last one.
+        """
         self._taken += 1
         given = {name: one for name, one in self._parameters.items() if one.grad is not None}
         if not given or _skipped(self._optimizer):
@@ -187,7 +191,7 @@ class Eigenbases:
         for (name, parameter), gradient in zip(given.items(), found, strict=True):
             state, group = self._optimizer.state.get(parameter, {}), groups.get(parameter, {})
             if "exp_avg_sq" in state and not group.get("amsgrad"):
-                replaced |= self._replaced(parameter, gradient, state, group, self.matrices[name])
+                replaced |= self._replaced(parameter, gradient, state, group, self.matrices[name], jumped)
         if replaced and not self.steps:
             log.info("moves are made in the eigenbases of %d weights from now on", len(self.matrices))
         self.steps += replaced
@@ -214,7 +218,13 @@ class Eigenbases:
                 one.copy_(state["values"][name][key])
 
     def _replaced(
-        self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], held: Matrix
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Any],
+        group: Mapping[str, Any],
+        held: Matrix,
+        jumped: bool,
     ) -> bool:
         """Whether there are bases yet, and they are of use."""
         taken, (beta1, beta2) = float(state["step"]), map(float, group["betas"])
@@ -238,7 +248,7 @@ class Eigenbases:
         turned = held.turned(gradient)
         held.squares.mul_(MEMORY).addcmul_(turned, turned, value=1 - MEMORY)
         held.plain.mul_(MEMORY).addcmul_(gradient, gradient, value=1 - MEMORY)
-        if begins or renews:
+        if begins or renews or jumped:
             held.momentum.copy_(held.turned(momentum))
             # momentum of gradients that the squares are not of would be scaled up without bound
             torch.maximum(held.squares, held.momentum.square(), out=held.squares)

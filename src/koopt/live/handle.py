@@ -353,7 +353,7 @@ class Live:
         attempts = self._attempts
         along = attempts is not None and attempts.along_secants  # which gives it up anyway
         if not along and (self._settings.at_once or (attempts is not None and attempts.noisy)):
-            bases.replace()
+            bases.replace(jumped=attempts is not None and bool(attempts.jumps) and attempts.jumps[-1].accepted)
         else:
             bases.clear()
 
