@@ -415,3 +415,100 @@ def test_momentum_that_a_jump_has_changed_is_read_anew():
                 momentum = task.optimizer.state[task.model.get_parameter(name)]["exp_avg"]
                 assert torch.allclose(held.momentum, held.turned(momentum), atol=1e-6)
     assert after > 5
+
+
+def test_gradients_that_have_become_zero_move_nothing_by_bases():
+    """Products of zeros say nothing, though Adam's average is still of what came before."""
+    weight, optimizer, held = made((16, 16), rate=0.01, dtype=torch.float32)
+    for gradient in 10 * randoms(100, 16, 16).float():
+        weight.grad = gradient.clone()
+        optimizer.step()
+    move = stepped(weight, optimizer, held, torch.zeros(25, 16, 16))
+    assert held.steps > 0
+    assert bool(weight.isfinite().all())
+    assert move.abs().max() <= 0.01 * 16
+
+
+def test_a_run_that_is_rolled_back_after_nan_is_sound_again():
+    weight, optimizer, held = made((3, 3), rate=0.01)
+    gradients = correlated(40, 3, 3)
+    stepped(weight, optimizer, held, gradients[:20])
+    kept = weight.detach().clone(), copy.deepcopy(optimizer.state_dict())
+    stepped(weight, optimizer, held, [torch.full((3, 3), math.nan, dtype=torch.float64)])
+    with torch.no_grad():
+        weight.copy_(kept[0])
+    optimizer.load_state_dict(kept[1])
+    stepped(weight, optimizer, held, gradients[20:])
+    assert bool(weight.isfinite().all())
+
+
+def test_an_optimizer_that_steps_within_autocast_moves_as_without():
+    found = []
+    for on in (False, True):
+        weight, optimizer, held = made((3, 3), rate=0.01, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            stepped(weight, optimizer, held, correlated(40, 3, 3).float())
+        found.append(weight.detach())
+    assert torch.equal(*found)
+
+
+def test_a_parameter_with_a_gradient_every_other_step_has_its_own_count():
+    weights = [nn.Parameter(torch.zeros(3, 3, dtype=torch.float64)) for _ in range(2)]
+    optimizer = torch.optim.Adam(weights, lr=0.01)
+    held = Eigenbases(optimizer, dict(zip("ab", weights, strict=True)), 256)
+    for step, gradient in enumerate(correlated(80, 3, 3)):
+        optimizer.zero_grad()
+        weights[step % 2].grad = gradient.clone()
+        optimizer.step()
+        held.replace()
+    assert [(one.seen, one.taken) for one in held.matrices.values()] == [(10 + 15, 40)] * 2
+
+
+def test_bases_follow_gradients_that_turn():
+    first, second = (torch.tensor(one, dtype=torch.float64) for one in ([0.6, 0.8], [-0.8, 0.6]))
+    weight, optimizer, held = made((2, 1), rate=0.01)
+    signs = randoms(400, 1, 1)
+    stepped(weight, optimizer, held, signs[:50] * first[:, None])
+    assert held.matrices["weight"].bases[0][:, 0].abs().tolist() == pytest.approx([0.6, 0.8], abs=1e-6)
+    stepped(weight, optimizer, held, signs[50:] * second[:, None])
+    assert held.matrices["weight"].bases[0][:, 0].abs().tolist() == pytest.approx([0.8, 0.6], abs=1e-3)
+
+
+def test_bases_on_another_device_are_found_anew():
+    weight, optimizer, held = made((3, 3), rate=0.01)
+    stepped(weight, optimizer, held, correlated(20, 3, 3))
+    held.matrices["weight"] = Matrix.of(torch.zeros(3, 3, device="meta"), 256)
+    stepped(weight, optimizer, held, correlated(20, 3, 3))
+    assert held.matrices["weight"].products[0].device.type == "cpu"
+    assert held.steps == 2 * 11
+
+
+def test_what_is_not_used_is_not_used_in_a_resumed_run():
+    gradients = randoms(33, 3, 3)
+    weight, optimizer, held = made((3, 3), rate=0.01)
+    stepped(weight, optimizer, held, gradients[:25])
+    assert not held.matrices["weight"].used
+    other, again, resumed = made((3, 3), rate=0.01)
+    with torch.no_grad():
+        other.copy_(weight)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed.load_state_dict(held.state_dict())
+    stepped(weight, optimizer, held, gradients[25:])
+    stepped(other, again, resumed, gradients[25:])
+    assert torch.equal(weight, other)
+
+
+def test_a_state_without_bases_is_taken_over_where_they_were_not_asked_for():
+    """As several processes save it."""
+    koop = noisy(adamw, steps=100, mode="auto")[2]
+    assert koop.preconditioned
+    state = koop.state_dict()
+    without = {name: value for name, value in state.items() if name != "bases"}
+    again = noisy(adamw, steps=50, mode="auto")[2]
+    again.load_state_dict(without)
+    assert again.steps == 100
+    assert all(held.seen == 0 for held in again._bases.matrices.values())
+    again.load_state_dict(state)
+    assert again.preconditioned == koop.preconditioned
+    with pytest.raises(ValueError, match="recorded with precondition=None, this run has precondition=64"):
+        noisy(adamw, steps=5, mode="auto", precondition=64)[2].load_state_dict(state)

@@ -56,8 +56,8 @@ def attach(
     from the last steps, a few are evaluated by the guard, and the best is kept if its loss is lower than now. In
     between, steps along secants of weights and gradients are tried; on full batches they follow one another, in the
     place of the optimizer's own moves, as long as the guard's loss falls. Where the motion is noise there are no jumps;
-    there moves of Adam are made in the eigenbases of each weight matrix's gradients, as SOAP makes them. Without a
-    guard, or with ``precondition=0``, a run without accepted jumps is bit for bit the run without koopt.
+    there moves of Adam are made in the eigenbases of each weight matrix's gradients, as SOAP makes them. With
+    ``precondition=0``, and by default without a guard, a run without accepted jumps is bit for bit as without koopt.
 
     Args:
         optimizer: any ``torch.optim`` optimizer, or a wrapper that holds one as `optimizer`.
@@ -92,7 +92,7 @@ def attach(
             of BatchNorm: ``lambda: torch.optim.swa_utils.update_bn(loader, model)``. A jump has to be better with them
             too, else weights and buffers are put back. None: buffers stay as they are.
         dtype: of what is recorded; None: the parameters', at least float32.
-        device: where it is kept; None: where the first parameter is.
+        device: where it is kept; None: where the first parameter is. Eigenbases are where their parameter is.
         with_optimizer: carry koopt's state along in the optimizer's own ``state_dict()`` under "koopt".
         group: the processes that train this model together, each of which has to call this function: "auto" takes those
             of DistributedDataParallel or of the mesh of FSDP2, else all of them; None: this process alone.
@@ -222,14 +222,22 @@ def _trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn
 
 
 def _require_memory(parameters: Sequence[Tensor], settings: Settings) -> None:
+    """Refuse more than is free: of what is recorded where that is kept, and of bases where the parameters are."""
     snapshots, means = settings.snapshots, settings.means
     needed = nbytes_of(parameters, snapshots, means, settings.dtype)
     needed += secants.nbytes_of(parameters, settings.history, settings.dtype)
-    needed += eigenbases.nbytes_of(parameters, settings.precondition)
     free = free_memory(settings.device)
     if free is not None and needed > free:
         raise ValueError(
             f"window: {snapshots + means} snapshots and {settings.history} pairs in {settings.dtype} need "
             f"{needed / 2**30:.3g} GiB, {settings.device} has {free / 2**30:.3g} GiB free; "
             "take a smaller window, tail or history, dtype=torch.bfloat16, or device='cpu'"
+        )
+    place, bases = parameters[0].device, eigenbases.nbytes_of(parameters, settings.precondition)
+    beside = needed if place == settings.device else 0
+    free = free_memory(place)
+    if bases and free is not None and bases + beside > free:
+        raise ValueError(
+            f"precondition: bases of sides up to {settings.precondition} need {bases / 2**30:.3g} GiB, {place} has "
+            f"{(free - beside) / 2**30:.3g} GiB free beside what is recorded; take precondition=0, or a smaller one"
         )

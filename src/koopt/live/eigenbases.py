@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -14,7 +14,7 @@ from koopt.live.secants import gradients
 from koopt.live.skipping import groups_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from jaxtyping import Float
     from torch import Tensor
@@ -26,6 +26,7 @@ MEMORY = 0.98  # of the averages, a step
 WORTH = 0.9  # roots of squares in the bases, over those in the weights' own coordinates, from which bases bring nothing
 FLOOR = 1e-6  # of the largest entry: what is smaller is rounding, and is not scaled up
 REPLACED = (torch.optim.Adam, torch.optim.AdamW)  # as they are, and none derived from them
+COUNTS = ("seen", "taken", "used")
 log = logging.getLogger("koopt")
 
 
@@ -41,6 +42,7 @@ class Matrix:
         squares: `(rows, columns)`, the average of squared gradients in the bases.
         plain: `(rows, columns)`, the same in the weights' own coordinates.
         seen: how many gradients the products are of.
+        taken: steps with a gradient.
         used: whether moves are made in the bases.
     """
 
@@ -50,6 +52,7 @@ class Matrix:
     squares: Tensor
     plain: Tensor
     seen: int = 0
+    taken: int = 0
     used: bool = True
 
     @classmethod
@@ -103,7 +106,7 @@ class Matrix:
                 values, vectors = torch.linalg.eigh(product)
                 basis.copy_(vectors.flip(1))  # the largest first, which an iteration keeps apart best
                 shares = values.flip(0).clamp_min(0.0)
-                margins[side] = shares * (total / shares.sum().clamp_min(tiny))
+                margins[side] = shares * (total / shares.sum()).nan_to_num(0.0, 0.0, 0.0)
         self.squares.copy_(torch.outer(margins[0], margins[1] / total))
         self.plain.copy_(squares)
         self.used = True
@@ -135,8 +138,22 @@ class Matrix:
         found = found if rows is None else rows @ found
         return found if columns is None else found @ columns.mT
 
-    def sound(self) -> bool:
-        return all(bool(one.isfinite().all()) for one in self.products if one is not None)
+
+class Averages(NamedTuple):
+    """What Adam holds of a parameter, and what it makes a move of that by."""
+
+    momentum: Tensor
+    squares: Tensor
+    corrected: float  # what the squares are divided by
+    rate: float  # what the move is multiplied by
+    beta: float
+    epsilon: float
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], state: Mapping[str, Any], taken: float) -> Averages:
+        beta1, beta2 = map(float, group["betas"])
+        rate = float(group["lr"]) / (1 - beta1**taken)
+        return cls(state["exp_avg"], state["exp_avg_sq"], 1 - beta2**taken, rate, beta1, float(group["eps"]))
 
 
 class Eigenbases:
@@ -170,10 +187,10 @@ class Eigenbases:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, named: Mapping[str, Any], largest: int) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._largest = optimizer, largest
         self._parameters = {name: one for name, one in named.items() if has_side(one, largest)}
         self.matrices = {name: Matrix.of(one, largest) for name, one in self._parameters.items()}
-        self._taken = self.steps = 0
+        self.steps = 0
 
     @torch.no_grad()
     def replace(self, jumped: bool = False) -> None:
@@ -182,16 +199,20 @@ class Eigenbases:
         Args:
             jumped: whether its momentum may have been changed since the last one.
         """
-        self._taken += 1
-        given = {name: one for name, one in self._parameters.items() if one.grad is not None}
+        groups, replaced = groups_of(self._optimizer), False
+        given = self._given(groups)
         if not given or _skipped(self._optimizer):
             return
-        groups, replaced = groups_of(self._optimizer), False
-        found = gradients(self._optimizer, list(given.values()))
-        for (name, parameter), gradient in zip(given.items(), found, strict=True):
-            state, group = self._optimizer.state.get(parameter, {}), groups.get(parameter, {})
-            if "exp_avg_sq" in state and not group.get("amsgrad"):
-                replaced |= self._replaced(parameter, gradient, state, group, self.matrices[name], jumped)
+        parameters = list(given.values())
+        taken = _numbers([self._optimizer.state[parameter]["step"] for parameter in parameters])
+        with torch.autocast(parameters[0].device.type, enabled=False):
+            found = gradients(self._optimizer, parameters)
+            for (name, parameter), gradient, count in zip(given.items(), found, taken, strict=True):
+                if self.matrices[name].squares.device != parameter.device:
+                    self.matrices[name] = Matrix.of(parameter, self._largest)
+                state = self._optimizer.state[parameter]
+                averages = Averages.of(groups[parameter], state, count)
+                replaced |= self._replaced(parameter, gradient, averages, self.matrices[name], jumped)
         if replaced and not self.steps:
             log.info("moves are made in the eigenbases of %d weights from now on", len(self.matrices))
         self.steps += replaced
@@ -202,47 +223,54 @@ class Eigenbases:
             held.seen = 0
 
     @property
+    def seen(self) -> bool:
+        """Whether any gradient has been."""
+        return any(held.seen for held in self.matrices.values())
+
+    @property
     def nbytes(self) -> int:
         return sum(one.nbytes for held in self.matrices.values() for one in held.tensors.values())
 
     def state_dict(self) -> dict[str, Any]:
-        seen, used = ({name: getattr(held, key) for name, held in self.matrices.items()} for key in ("seen", "used"))
+        counts = {name: {key: getattr(held, key) for key in COUNTS} for name, held in self.matrices.items()}
         values = {name: {key: one.clone() for key, one in held.tensors.items()} for name, held in self.matrices.items()}
-        return {"taken": self._taken, "steps": self.steps, "seen": seen, "used": used, "values": values}
+        return {"steps": self.steps, "counts": counts, "values": values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._taken, self.steps = state["taken"], state["steps"]
+        self.steps = state["steps"]
         for name, held in self.matrices.items():
-            held.seen, held.used = state["seen"][name], state["used"][name]
+            for key in COUNTS:
+                setattr(held, key, state["counts"][name][key])
             for key, one in held.tensors.items():
                 one.copy_(state["values"][name][key])
 
-    def _replaced(
-        self,
-        parameter: Tensor,
-        gradient: Tensor,
-        state: Mapping[str, Any],
-        group: Mapping[str, Any],
-        held: Matrix,
-        jumped: bool,
-    ) -> bool:
+    def _given(self, groups: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+        """The parameters that have a gradient, and Adam's averages of it."""
+        return {
+            name: one
+            for name, one in self._parameters.items()
+            if one.grad is not None
+            and "exp_avg_sq" in self._optimizer.state.get(one, {})
+            and not groups.get(one, {}).get("amsgrad", True)
+        }
+
+    def _replaced(self, parameter: Tensor, gradient: Tensor, averages: Averages, held: Matrix, jumped: bool) -> bool:
         """Whether there are bases yet, and they are of use."""
-        taken, (beta1, beta2) = float(state["step"]), map(float, group["betas"])
         gradient, momentum, squares = (
             one.reshape(held.squares.shape).to(held.squares.dtype)
-            for one in (gradient, state["exp_avg"], state["exp_avg_sq"])
+            for one in (gradient, averages.momentum, averages.squares)
         )
-        begins, renews = held.seen == FIRST - 1, self._taken % EVERY == 0
-        if held.seen < FIRST or self._taken % SAMPLED == 0:
+        held.taken += 1
+        begins, renews = held.seen == FIRST - 1, held.taken % EVERY == 0
+        if held.seen < FIRST or held.taken % SAMPLED == 0:
             held.see(gradient, MEMORY**SAMPLED)
         if held.seen < FIRST:
             return False
-        if (begins or renews) and not (held.sound() and bool(squares.isfinite().all())):
+        if (begins or renews) and not _finite([*held.products, squares if begins else held.squares]):
             held.seen = 0
             return False
-        corrected = 1 - beta2**taken
         if begins:
-            held.begin(squares / corrected)
+            held.begin(squares / averages.corrected)
         elif renews:
             held.renew()
         turned = held.turned(gradient)
@@ -253,13 +281,12 @@ class Eigenbases:
             # momentum of gradients that the squares are not of would be scaled up without bound
             torch.maximum(held.squares, held.momentum.square(), out=held.squares)
         else:
-            held.momentum.lerp_(turned, 1 - beta1)
+            held.momentum.lerp_(turned, 1 - averages.beta)
         if not held.used:
             return False
-        epsilon = float(group["eps"])
-        own = momentum / squares.sqrt().mul_(1 / math.sqrt(corrected)).add_(epsilon)
-        change = own.sub_(held.move(epsilon)).mul_(float(group["lr"]) / (1 - beta1**taken))
-        parameter.add_(change.view(parameter.shape))
+        own = momentum / squares.sqrt().mul_(1 / math.sqrt(averages.corrected)).add_(averages.epsilon)
+        change = own.sub_(held.move(averages.epsilon)).mul_(averages.rate)
+        parameter.add_(change.nan_to_num_(0.0, 0.0, 0.0).view(parameter.shape))  # else all that follows would be lost
         return True
 
 
@@ -295,6 +322,18 @@ def nbytes_of(parameters: Iterable[Tensor], largest: int) -> int:
             squared = sum(side**2 for side in _sides(parameter) if 1 < side <= largest)
             found += (3 * parameter.numel() + 2 * squared) * max(parameter.element_size(), torch.float32.itemsize)
     return found
+
+
+def _finite(tensors: Iterable[Tensor | None]) -> bool:
+    flags = [one.isfinite().all() for one in tensors if one is not None]
+    return bool(torch.stack(flags).all())  # waits for a device once
+
+
+def _numbers(counts: Sequence[Any]) -> list[float]:
+    """Counts of steps, which fused optimizers keep on their device, waiting for it once."""
+    if isinstance(counts[0], torch.Tensor):
+        return torch.stack(list(counts)).tolist()
+    return [float(count) for count in counts]
 
 
 def _sides(parameter: Tensor) -> tuple[int, int]:

@@ -290,13 +290,20 @@ class Live:
         if self._attempts is not None:
             self._attempts.load_state_dict(state["attempts"], jumps, state["steps"])
         if self._bases is not None:
-            self._bases.load_state_dict(state["bases"])
+            self._bases.load_state_dict(state["bases"]) if "bases" in state else self._bases.clear()
         self.steps, self._judge.sound = state["steps"], state["sound"]
 
     def _require_fits(self, state: Mapping[str, Any]) -> list[Jump]:
         """Refuse a state that is not of such a run; returns its jumps."""
         recorded = {name: resuming.without_values(part.state_dict()) for name, part in self._parts().items()}
-        resuming.require_fits(state, self._with_recorded(recorded) | {"jumps": ""})
+        own = self._with_recorded(recorded) | {"jumps": ""}
+        if not self._settings.at_once:  # there are bases only where noise was found, and in one process
+            state = dict(state)
+            given = state.pop("bases", None)
+            own.pop("bases", None)
+            if given is not None and self._bases is not None:
+                state["bases"], own["bases"] = given, self._bases.state_dict()
+        resuming.require_fits(state, own)
         return records.from_text(state["jumps"])
 
     def _with_recorded(self, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -306,7 +313,7 @@ class Live:
         state["taste"] = self._taste.state_dict()
         if self._attempts is not None:
             state["attempts"] = self._attempts.state_dict()
-        if self._bases is not None:
+        if self._bases is not None and (self._settings.at_once or self._bases.seen):
             state["bases"] = self._bases.state_dict()
         return state | {name: self._weights.named_state(part) for name, part in recorded.items()}
 

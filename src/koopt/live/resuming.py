@@ -21,7 +21,8 @@ POSITIVE = ("block", "wait")  # counts that are never 0
 
 def compared(settings: Settings, named: Mapping[str, Tensor]) -> dict[str, Any]:
     """What has to be the same in a resumed run."""
-    own = {name: getattr(settings, name) for name in ("mode", "window", "tail", "history", "precondition")}
+    own = {name: getattr(settings, name) for name in ("mode", "window", "tail", "history")}
+    own["precondition"] = settings.precondition if settings.at_once else None
     own["dtype"] = str(settings.dtype)
     shapes = {name: list(parameter.shape) for name, parameter in named.items()}
     return own | {"combine": settings.momentum == "combine", "shapes": shapes}
