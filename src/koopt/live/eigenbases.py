@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from koopt import sharding
-from koopt.live.secants import gradients
-from koopt.live.skipping import groups_of
+from koopt.live.secants import gradients, sound
+from koopt.live.skipping import flag, groups_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -67,7 +67,7 @@ class Matrix:
         sides = _sides(parameter)
 
         def squared(side: int) -> Tensor | None:
-            return zeros(side, side, dtype=dtype) if 1 < side <= largest else None
+            return zeros(side, side, dtype=dtype) if _short(side, largest) else None
 
         products, bases = ((squared(sides[0]), squared(sides[1])) for _ in range(2))
         momentum, squares, plain = (zeros(sides, dtype=dtype) for _ in range(3))
@@ -80,6 +80,11 @@ class Matrix:
         sides = zip(names, (*self.products, *self.bases), strict=True)
         held = {name: one for name, one in sides if one is not None}
         return held | {"momentum": self.momentum, "squares": self.squares, "plain": self.plain}
+
+    @property
+    def known(self) -> list[Tensor]:
+        """The products of sides that are short enough."""
+        return [product for product in self.products if product is not None]
 
     def see(self, gradient: Float[Tensor, "rows columns"], decay: float) -> None:
         """Take a gradient into the products, in which the first ones weigh alike."""
@@ -201,7 +206,8 @@ class Eigenbases:
         """
         groups, replaced = groups_of(self._optimizer), False
         given = self._given(groups)
-        if not given or _skipped(self._optimizer):
+        flagged = flag(self._optimizer)
+        if not given or (flagged is not None and bool(flagged)):  # waits for the device
             return
         parameters = list(given.values())
         taken = _numbers([self._optimizer.state[parameter]["step"] for parameter in parameters])
@@ -266,7 +272,7 @@ class Eigenbases:
             held.see(gradient, MEMORY**SAMPLED)
         if held.seen < FIRST:
             return False
-        if (begins or renews) and not _finite([*held.products, squares if begins else held.squares]):
+        if (begins or renews) and not sound([*held.known, squares if begins else held.squares]):
             held.seen = 0
             return False
         if begins:
@@ -307,7 +313,7 @@ def has_side(parameter: Tensor, largest: int) -> bool:
     [False, True, False]
     """
     whole = parameter.dim() > 1 and parameter.numel() > 0 and not sharding.is_sharded(parameter)
-    return whole and any(1 < side <= largest for side in _sides(parameter))
+    return whole and any(_short(side, largest) for side in _sides(parameter))
 
 
 def nbytes_of(parameters: Iterable[Tensor], largest: int) -> int:
@@ -319,14 +325,9 @@ def nbytes_of(parameters: Iterable[Tensor], largest: int) -> int:
     found = 0
     for parameter in parameters:
         if has_side(parameter, largest):
-            squared = sum(side**2 for side in _sides(parameter) if 1 < side <= largest)
+            squared = sum(side**2 for side in _sides(parameter) if _short(side, largest))
             found += (3 * parameter.numel() + 2 * squared) * max(parameter.element_size(), torch.float32.itemsize)
     return found
-
-
-def _finite(tensors: Iterable[Tensor | None]) -> bool:
-    flags = [one.isfinite().all() for one in tensors if one is not None]
-    return bool(torch.stack(flags).all())  # waits for a device once
 
 
 def _numbers(counts: Sequence[Any]) -> list[float]:
@@ -340,7 +341,5 @@ def _sides(parameter: Tensor) -> tuple[int, int]:
     return len(parameter), parameter[0].numel()
 
 
-def _skipped(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a fused optimizer has just skipped its move, on a GradScaler's flag; waits for the device."""
-    found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, torch.Tensor) and bool(found)
+def _short(side: int, largest: int) -> bool:
+    return 1 < side <= largest

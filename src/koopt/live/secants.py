@@ -198,7 +198,16 @@ def all_finite(parameters: Iterable[Any]) -> bool:
     >>> all_finite([nn.Parameter(torch.ones(1))]), all_finite([parameter])
     (True, False)
     """
-    flags = [values(parameter).isfinite().all() for parameter in parameters if parameter.grad is not None]
+    return sound(values(parameter) for parameter in parameters if parameter.grad is not None)
+
+
+def sound(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers are finite; of no tensors they are.
+
+    >>> sound([torch.ones(2), torch.tensor(float("inf"))])
+    False
+    """
+    flags = [one.isfinite().all() for one in tensors]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())  # waits for a device once
 
 

@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def flag(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """By which GradScaler tells a fused optimizer to skip its step, while that is called.
+
+    >>> flag(torch.optim.SGD([torch.zeros(1)], lr=0.1)) is None
+    True
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found if isinstance(found, torch.Tensor) else None
+
+
 def skipped(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the step that was just called moved nothing by design.
 
@@ -22,8 +32,8 @@ def skipped(optimizer: torch.optim.Optimizer) -> bool:
     >>> skipped(torch.optim.SGD([torch.zeros(1)], lr=0.0))
     True
     """
-    found = getattr(optimizer, "found_inf", None)
-    if isinstance(found, torch.Tensor) and found.device.type == "cpu" and bool(found):
+    found = flag(optimizer)
+    if found is not None and found.device.type == "cpu" and bool(found):
         return True
     # torch.distributed.checkpoint takes one step at rate 0 to create the optimizer's state
     for group in optimizer.param_groups:
@@ -35,8 +45,8 @@ def skipped(optimizer: torch.optim.Optimizer) -> bool:
 
 def moving(optimizer: torch.optim.Optimizer, snapshots: Float[Tensor, "time state"]) -> list[int]:
     """Which snapshots are of steps that moved something; called within a step, while the flag is there."""
-    found = getattr(optimizer, "found_inf", None)
-    if not isinstance(found, torch.Tensor) or found.device.type == "cpu":
+    found = flag(optimizer)
+    if found is None or found.device.type == "cpu":
         return list(range(len(snapshots)))
     return [i for i in range(len(snapshots)) if i == 0 or not torch.equal(snapshots[i], snapshots[i - 1])]
 
