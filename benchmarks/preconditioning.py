@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from drift_and_noise import TUNED
 from reaching import mean_shares
 
 import koopt
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from koopt.bench.task import Task
 
-TUNED = {"mnist-mlp": 2e-3, "mnist-cnn": 8e-3, "shakespeare": 4e-3}  # AdamW's, with a cosine schedule
+RATES = {name: rate for name, (_, rate, _) in TUNED.items() if not TASKS[name].full_batch}  # of AdamW with a cosine
 WAYS: dict[str, dict[str, Any]] = {
     "own moves": {"precondition": 0},
     "where noise is found (default)": {},
@@ -53,7 +54,7 @@ def longer(task: Task, repeats: int = 9, steps: int = 20) -> np.ndarray:
     loops = []
     for side in (0, 256):
         problem = task.problem(0, False)
-        optimizer = torch.optim.AdamW(problem.model.parameters(), lr=TUNED[task.name])
+        optimizer = torch.optim.AdamW(problem.model.parameters(), lr=RATES[task.name])
         koopt.attach(optimizer, problem.model, precondition=side)
         loops.append((problem, optimizer))
     spent = np.empty((repeats + 2, 2))
@@ -70,24 +71,24 @@ def longer(task: Task, repeats: int = 9, steps: int = 20) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TUNED, default=["mnist-mlp", "mnist-cnn"])
+    parser.add_argument("--tasks", nargs="+", choices=RATES, default=["mnist-mlp", "mnist-cnn"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[3000, 3001, 3002])
     parser.add_argument("--rates", type=float, nargs="+", help="of all ways; the tuned one and half of it if left out")
     parser.add_argument("--steps", action="store_true", help="only how much longer a step takes")
     arguments = parser.parse_args()
     if arguments.steps:
-        for name in TUNED:
+        for name in RATES:
             with system.one_thread():
                 ratios = longer(TASKS[name])
             print(f"{name}: {np.median(ratios):.2f} times ({ratios.min():.2f} to {ratios.max():.2f})", flush=True)
         return
     plain = Trainer("plain", start_plain, searched)
     for task in (TASKS[name] for name in arguments.tasks):
-        given = {"optimizer": "adamw", "rate": TUNED[task.name], "schedule": "cosine"}
+        given = {"optimizer": "adamw", "rate": RATES[task.name], "schedule": "cosine"}
         runs = [run(task, plain, given, seed)[0] for seed in arguments.seeds]
         aims = [losses_at_shares(one, task) for one in runs]
         whole = sum(float(one.curve.seconds[-1]) for one in runs) / len(runs)
-        for rate in arguments.rates or (TUNED[task.name] / 2, TUNED[task.name]):
+        for rate in arguments.rates or (RATES[task.name] / 2, RATES[task.name]):
             for title, trainer in trainers(task):
                 own = given | {"rate": rate, "schedule": "constant", "evaluated": "forecast"}
                 found = [run(task, trainer, own, seed)[0] for seed in arguments.seeds]
