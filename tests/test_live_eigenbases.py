@@ -148,7 +148,7 @@ def test_what_the_optimizer_holds_is_its_own():
 
 
 def test_a_side_that_is_too_long_keeps_its_coordinates():
-    weight, optimizer, held = made((3, 2, 5), rate=0.1, largest=9)
+    weight, optimizer, held = made((3, 2, 5), rate=0.1, largest=6)
     assert [one is None for one in held.matrices["weight"].products] == [False, True]
     gradient = torch.zeros(3, 2, 5, dtype=torch.float64)
     gradient[:, 1, 2] = torch.tensor([1.0, 2.0, 2.0])
@@ -156,9 +156,33 @@ def test_a_side_that_is_too_long_keeps_its_coordinates():
     assert torch.allclose(move, -0.1 * gradient / 3, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(5,), (), (1, 1), (300, 300), (1, 300), (0, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (), (1, 1), (300, 300), (1, 1025), (0, 3)], ids=str)
 def test_what_is_no_matrix_of_a_short_side_is_left_to_the_optimizer(shape):
     assert not made(shape)[2].matrices
+
+
+@pytest.mark.parametrize(
+    ("shape", "found"), [((10, 784), (10, 784)), ((128, 784), (128, None)), ((20, 1024), (20, None))]
+)
+def test_a_longer_side_has_a_basis_where_that_costs_no_more_than_a_square_matrix(shape, found):
+    products = made(shape)[2].matrices["weight"].products
+    assert [None if one is None else len(one) for one in products] == list(found)
+
+
+def test_the_basis_of_a_longer_side_is_renewed_more_rarely(monkeypatch):
+    """What it holds is an eigenbasis still, after many more steps."""
+    monkeypatch.setattr(eigenbases, "LARGEST", 4)  # what rareness goes by
+    weight, optimizer, held = made((1, 8), largest=4)
+    matrix, changes = held.matrices["weight"], []
+    columns = matrix.bases[1]
+    stretched = torch.arange(1.0, 9.0, dtype=torch.float64)
+    for gradient in randoms(200, 1, 8):
+        before = columns.clone()
+        stepped(weight, optimizer, held, [gradient * stretched])
+        if not torch.equal(before, columns):
+            changes.append(matrix.taken // 10)
+    assert changes == [1, 2, 4, 8, 12, 16, 20]
+    assert torch.allclose(columns.mT @ columns, torch.eye(8, dtype=torch.float64))
 
 
 def test_momentum_of_gradients_that_the_bases_have_not_seen_is_not_scaled_up():

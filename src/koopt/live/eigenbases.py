@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST = 256  # side whose basis is found by default: to multiply by one takes as long as to forward as many examples
+LONGER = 4  # times that, of a weight so small that this takes no longer than for a square one
 FIRST = 10  # gradients before the first bases
 EVERY, SAMPLED = 10, 2  # steps between new bases, and between gradients that these are made from
 MEMORY = 0.98  # of the averages, a step
@@ -59,7 +60,7 @@ class Matrix:
     def of(cls, parameter: Tensor, largest: int) -> Matrix:
         """With nothing seen.
 
-        >>> Matrix.of(torch.zeros(2, 8, 5), largest=20).products
+        >>> Matrix.of(torch.zeros(2, 9, 9), largest=20).products
         (tensor([[0., 0.],
                 [0., 0.]]), None)
         """
@@ -67,7 +68,7 @@ class Matrix:
         sides = _sides(parameter)
 
         def squared(side: int) -> Tensor | None:
-            return zeros(side, side, dtype=dtype) if _short(side, largest) else None
+            return zeros(side, side, dtype=dtype) if _short(side, parameter, largest) else None
 
         products, bases = ((squared(sides[0]), squared(sides[1])) for _ in range(2))
         momentum, squares, plain = (zeros(sides, dtype=dtype) for _ in range(3))
@@ -125,7 +126,7 @@ class Matrix:
         """
         self.used = bool(self.squares.sqrt().sum() <= WORTH * self.plain.sqrt().sum())
         for product, basis in zip(self.products, self.bases, strict=True):
-            if product is not None and basis is not None:
+            if product is not None and basis is not None and is_due(self.taken // EVERY, len(basis)):
                 basis.copy_(torch.linalg.qr(product @ basis)[0])
 
     def turned(self, matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
@@ -171,7 +172,8 @@ class Eigenbases:
     Args:
         optimizer: whose moves they are, one of `REPLACED`.
         named: the parameters by name.
-        largest: side whose basis is found, of a weight as a matrix of its first dimension by the others.
+        largest: side whose basis is found, of a weight as a matrix of its first dimension by the others; of small
+            weights up to four times that, where multiplying takes no longer than for a square one.
 
     Attributes:
         matrices: by name, of the parameters that have such a side.
@@ -296,6 +298,15 @@ class Eigenbases:
         return True
 
 
+def is_due(time: int, side: int) -> bool:
+    """Whether a basis is renewed at the `time`-th occasion: the longer, the rarer, but at first often enough.
+
+    >>> [time for time in range(1, 20) if is_due(time, 600)]
+    [1, 2, 4, 5, 8, 10, 15, 16]
+    """
+    return time % max(1, round((side / LARGEST) ** 2)) == 0 or time.bit_count() == 1
+
+
 def replaces(optimizer: torch.optim.Optimizer) -> bool:
     """Whether moves of an optimizer can be replaced.
 
@@ -307,13 +318,13 @@ def replaces(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def has_side(parameter: Tensor, largest: int) -> bool:
-    """Whether a weight is held whole, and a matrix with a side of more than 1 and at most so many.
+    """Whether a weight is held whole, and a matrix with a side of more than 1 and at most so many, or few more.
 
-    >>> [has_side(torch.zeros(shape), largest=20) for shape in ((20,), (8, 3, 9, 9), (30, 3, 9))]
-    [False, True, False]
+    >>> [has_side(torch.zeros(shape), largest=20) for shape in ((20,), (8, 3, 9, 9), (30, 3, 9), (1, 80))]
+    [False, True, False, True]
     """
     whole = parameter.dim() > 1 and parameter.numel() > 0 and not sharding.is_sharded(parameter)
-    return whole and any(_short(side, largest) for side in _sides(parameter))
+    return whole and any(_short(side, parameter, largest) for side in _sides(parameter))
 
 
 def nbytes_of(parameters: Iterable[Tensor], largest: int) -> int:
@@ -325,7 +336,7 @@ def nbytes_of(parameters: Iterable[Tensor], largest: int) -> int:
     found = 0
     for parameter in parameters:
         if has_side(parameter, largest):
-            squared = sum(side**2 for side in _sides(parameter) if _short(side, largest))
+            squared = sum(side**2 for side in _sides(parameter) if _short(side, parameter, largest))
             found += (3 * parameter.numel() + 2 * squared) * max(parameter.element_size(), torch.float32.itemsize)
     return found
 
@@ -341,5 +352,6 @@ def _sides(parameter: Tensor) -> tuple[int, int]:
     return len(parameter), parameter[0].numel()
 
 
-def _short(side: int, largest: int) -> bool:
-    return 1 < side <= largest
+def _short(side: int, parameter: Tensor, largest: int) -> bool:
+    small = parameter.numel() * side <= largest**3
+    return 1 < side <= (LONGER * largest if small else largest)
