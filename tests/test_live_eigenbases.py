@@ -296,6 +296,14 @@ def test_by_default_moves_are_replaced_where_noise_is_found():
     assert loss < noisy(adamw, mode="auto", precondition=0)[-1]
 
 
+@pytest.mark.parametrize("seed", [5, 7])
+def test_one_lucky_move_does_not_hide_noise(seed):
+    koop = noisy(adamw, steps=60, seed=seed, mode="auto")[2]
+    assert [jump.accepted for jump in koop.jumps] == [True, False]
+    assert koop.jumps[1].reason.startswith("noise")
+    assert koop.preconditioned == 60 - koop.jumps[1].step - FIRST + 1
+
+
 @pytest.mark.parametrize("options", [{"mode": "forecast"}, {"mode": "jump"}, {"precondition": 0}], ids=str)
 def test_elsewhere_they_are_the_optimizers_bit_for_bit(options):
     options = {"mode": "auto"} | options

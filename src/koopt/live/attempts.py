@@ -63,7 +63,7 @@ class Attempts:
         secants: of weights and gradients; None where none are asked for.
         jumps: the records of attempts, the oldest first.
         callbacks: each is given every record.
-        noisy: whether noise was found, and no jump has ever been accepted.
+        noisy: whether noise was found, and at least as often as moves were accepted.
     """
 
     def __init__(
@@ -98,7 +98,8 @@ class Attempts:
         self._streak = Streak()
         self.jumps: list[Jump] = []
         self.callbacks: list[Callable[[Jump], object]] = []
-        self.noisy = self._smooth = False
+        self.noisy = False
+        self._lowered = self._misled = 0  # moves that were accepted; looks at which the guard's slope was off
         self._watch(0)
 
     @property
@@ -115,7 +116,7 @@ class Attempts:
     def state_dict(self) -> dict[str, Any]:
         """All but what is recorded."""
         state = {name: getattr(self.schedule, name) for name in SCHEDULED} | {"choice": self._choice.state_dict()}
-        state |= {"noisy": self.noisy, "smooth": self._smooth}
+        state |= {"noisy": self.noisy, "lowered": self._lowered, "misled": self._misled}
         if self.secants is not None:
             measured = {name: held.clone() for name, held in self.secants.measured.items()}
             state |= self._streak.state_dict() | self._clipping.state_dict() | {"measured": measured}
@@ -126,7 +127,7 @@ class Attempts:
         for name in SCHEDULED:
             setattr(self.schedule, name, state[name])
         self._choice.load_state_dict(state["choice"])
-        self.noisy, self._smooth = state["noisy"], state["smooth"]
+        self.noisy, self._lowered, self._misled = state["noisy"], state["lowered"], state["misled"]
         if self.secants is not None:
             self._streak.load_state_dict(state)
             self._clipping.load_state_dict(state)
@@ -297,8 +298,9 @@ class Attempts:
     def _tell(self, jump: Jump) -> Jump:
         """Keep the record of an attempt, and pass it on."""
         self.jumps.append(jump)
-        self._smooth |= jump.accepted
-        self.noisy = not self._smooth and (self.noisy or jump.reason.startswith(NOISE_FOUND))
+        self._lowered += jump.accepted
+        self._misled += jump.reason.startswith(NOISY)
+        self.noisy = self._lowered <= self._misled and (self.noisy or jump.reason.startswith(NOISE_FOUND))
         log.log(logging.INFO if jump.moves == 1 else logging.DEBUG, "%s", jump)
         for callback in self.callbacks:
             callback(jump)
@@ -389,7 +391,9 @@ class Attempts:
                     return Found(f"the guard is {now:.6g} at weights where it was {before:.6g}", before)
             scale = self._streak.scale
             found = follow(step, saved, before, TRIES - 1, self._judge.loss, self._ranks, scale)
-            if doubtful and found.weights is not None:
+            if doubtful and (
+                found.weights is not None or self._lowered <= self._misled
+            ):  # noise seldom leads to lower ones
                 ratio = agreement(found, start, saved, self._judge.loss, self._ranks, scale)
                 off = abs(ratio - 1)
                 if not off <= TOLERANCE and not self._streak.rescaled(scale * ratio):

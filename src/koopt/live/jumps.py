@@ -162,7 +162,7 @@ def agreement(
     where it is off there too, the farther one from 1 counts.
 
     Args:
-        found: a move along secants.
+        found: a move along secants, or what would be tried next.
         start: the loss where it starts; None: it is evaluated.
         saved: the weights as they are.
         evaluate: the loss at other weights.
@@ -221,7 +221,7 @@ def follow(
         bend = loss - before - slope * length
         lowest = -slope * length**2 / (2 * bend) if 0 < bend < math.inf else 0.0
         length = min(max(lowest, SHORTEN[0] * length), SHORTEN[1] * length)
-    return best
+    return best if best.weights is not None else best._replace(along=step, length=length)
 
 
 def loss_along(
