@@ -391,9 +391,8 @@ class Attempts:
                     return Found(f"the guard is {now:.6g} at weights where it was {before:.6g}", before)
             scale = self._streak.scale
             found = follow(step, saved, before, TRIES - 1, self._judge.loss, self._ranks, scale)
-            if doubtful and (
-                found.weights is not None or self._lowered <= self._misled
-            ):  # noise seldom leads to lower ones
+            unsure = self._lowered <= self._misled  # noise seldom leads to a lower loss
+            if doubtful and (found.weights is not None or unsure):
                 ratio = agreement(found, start, saved, self._judge.loss, self._ranks, scale)
                 off = abs(ratio - 1)
                 if not off <= TOLERANCE and not self._streak.rescaled(scale * ratio):
