@@ -304,6 +304,15 @@ def test_one_lucky_move_does_not_hide_noise(seed):
     assert koop.preconditioned == 60 - koop.jumps[1].step - FIRST + 1
 
 
+def test_what_is_known_of_noise_goes_on_in_a_resumed_run():
+    koop, again = (noisy(adamw, steps=steps, mode="auto")[2]._attempts for steps in (400, 5))
+    assert koop.noisy
+    assert koop.schedule.noisy > 1
+    again.load_state_dict(koop.state_dict(), koop.jumps, 400)
+    assert again.noisy
+    assert again.schedule.noisy == koop.schedule.noisy
+
+
 @pytest.mark.parametrize("options", [{"mode": "forecast"}, {"mode": "jump"}, {"precondition": 0}], ids=str)
 def test_elsewhere_they_are_the_optimizers_bit_for_bit(options):
     options = {"mode": "auto"} | options

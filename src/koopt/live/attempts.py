@@ -63,7 +63,6 @@ class Attempts:
         secants: of weights and gradients; None where none are asked for.
         jumps: the records of attempts, the oldest first.
         callbacks: each is given every record.
-        noisy: whether noise was found, and at least as often as moves were accepted.
     """
 
     def __init__(
@@ -98,8 +97,8 @@ class Attempts:
         self._streak = Streak()
         self.jumps: list[Jump] = []
         self.callbacks: list[Callable[[Jump], object]] = []
-        self.noisy = False
         self._lowered = self._misled = 0  # moves that were accepted; looks at which the guard's slope was off
+        self._found = False  # noise, at any look
         self._watch(0)
 
     @property
@@ -109,6 +108,16 @@ class Attempts:
         return {"snapshots": self.tail} | beside | self._moments.parts
 
     @property
+    def noisy(self) -> bool:
+        """Whether noise was found, and nothing since says otherwise."""
+        return self._found and not self._smooth
+
+    @property
+    def _smooth(self) -> bool:
+        """Whether more moves were accepted than looks found the guard's slope off."""
+        return self._lowered > self._misled
+
+    @property
     def along_secants(self) -> bool:
         """Whether steps along secants follow one another now."""
         return self._streak.moves > 0
@@ -116,7 +125,6 @@ class Attempts:
     def state_dict(self) -> dict[str, Any]:
         """All but what is recorded."""
         state = {name: getattr(self.schedule, name) for name in SCHEDULED} | {"choice": self._choice.state_dict()}
-        state |= {"noisy": self.noisy, "lowered": self._lowered, "misled": self._misled}
         if self.secants is not None:
             measured = {name: held.clone() for name, held in self.secants.measured.items()}
             state |= self._streak.state_dict() | self._clipping.state_dict() | {"measured": measured}
@@ -127,13 +135,15 @@ class Attempts:
         for name in SCHEDULED:
             setattr(self.schedule, name, state[name])
         self._choice.load_state_dict(state["choice"])
-        self.noisy, self._lowered, self._misled = state["noisy"], state["lowered"], state["misled"]
         if self.secants is not None:
             self._streak.load_state_dict(state)
             self._clipping.load_state_dict(state)
             for name, held in self.secants.measured.items():
                 held.copy_(state["measured"][name])
         self._block, self.jumps = self.tail.block, jumps
+        self._lowered = sum(jump.moves for jump in jumps)
+        self._misled = sum(jump.reason.startswith(NOISY) for jump in jumps)
+        self._found = any(jump.reason.startswith(NOISE_FOUND) for jump in jumps)
         self._watch(steps)
 
     def before(self, step: int) -> None:
@@ -300,7 +310,7 @@ class Attempts:
         self.jumps.append(jump)
         self._lowered += jump.accepted
         self._misled += jump.reason.startswith(NOISY)
-        self.noisy = self._lowered <= self._misled and (self.noisy or jump.reason.startswith(NOISE_FOUND))
+        self._found |= jump.reason.startswith(NOISE_FOUND)
         log.log(logging.INFO if jump.moves == 1 else logging.DEBUG, "%s", jump)
         for callback in self.callbacks:
             callback(jump)
@@ -391,8 +401,7 @@ class Attempts:
                     return Found(f"the guard is {now:.6g} at weights where it was {before:.6g}", before)
             scale = self._streak.scale
             found = follow(step, saved, before, TRIES - 1, self._judge.loss, self._ranks, scale)
-            unsure = self._lowered <= self._misled  # noise seldom leads to a lower loss
-            if doubtful and (found.weights is not None or unsure):
+            if doubtful and (found.weights is not None or not self._smooth):  # noise seldom leads to a lower loss
                 ratio = agreement(found, start, saved, self._judge.loss, self._ranks, scale)
                 off = abs(ratio - 1)
                 if not off <= TOLERANCE and not self._streak.rescaled(scale * ratio):
