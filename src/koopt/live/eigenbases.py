@@ -65,10 +65,10 @@ class Matrix:
                 [0., 0.]]), None)
         """
         dtype, zeros = torch.promote_types(parameter.dtype, torch.float32), parameter.detach().new_zeros
-        sides = _sides(parameter)
+        sides, short = _sides(parameter), short_sides(parameter, largest)
 
         def squared(side: int) -> Tensor | None:
-            return zeros(side, side, dtype=dtype) if _short(side, parameter, largest) else None
+            return zeros(side, side, dtype=dtype) if side in short else None
 
         products, bases = ((squared(sides[0]), squared(sides[1])) for _ in range(2))
         momentum, squares, plain = (zeros(sides, dtype=dtype) for _ in range(3))
@@ -318,13 +318,23 @@ def replaces(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def has_side(parameter: Tensor, largest: int) -> bool:
-    """Whether a weight is held whole, and a matrix with a side of more than 1 and at most so many, or few more.
+    """Whether a weight is held whole, and a matrix with a side that is short enough.
 
-    >>> [has_side(torch.zeros(shape), largest=20) for shape in ((20,), (8, 3, 9, 9), (30, 3, 9), (1, 80))]
-    [False, True, False, True]
+    >>> [has_side(torch.zeros(shape), largest=20) for shape in ((20,), (8, 3, 9, 9), (30, 3, 9))]
+    [False, True, False]
     """
     whole = parameter.dim() > 1 and parameter.numel() > 0 and not sharding.is_sharded(parameter)
-    return whole and any(_short(side, parameter, largest) for side in _sides(parameter))
+    return whole and bool(short_sides(parameter, largest))
+
+
+def short_sides(parameter: Tensor, largest: int) -> list[int]:
+    """Those of a matrix that are more than 1 and at most so many, or longer where it is small.
+
+    >>> [short_sides(torch.zeros(shape), largest=20) for shape in ((8, 300), (30, 27), (1, 80))]
+    [[8], [], [80]]
+    """
+    sides, entries = _sides(parameter), parameter.numel()
+    return [s for s in sides if 1 < s <= (LONGER * largest if entries * s <= largest**3 else largest)]
 
 
 def nbytes_of(parameters: Iterable[Tensor], largest: int) -> int:
@@ -336,7 +346,7 @@ def nbytes_of(parameters: Iterable[Tensor], largest: int) -> int:
     found = 0
     for parameter in parameters:
         if has_side(parameter, largest):
-            squared = sum(side**2 for side in _sides(parameter) if _short(side, parameter, largest))
+            squared = sum(side**2 for side in short_sides(parameter, largest))
             found += (3 * parameter.numel() + 2 * squared) * max(parameter.element_size(), torch.float32.itemsize)
     return found
 
@@ -350,8 +360,3 @@ def _numbers(counts: Sequence[Any]) -> list[float]:
 
 def _sides(parameter: Tensor) -> tuple[int, int]:
     return len(parameter), parameter[0].numel()
-
-
-def _short(side: int, parameter: Tensor, largest: int) -> bool:
-    small = parameter.numel() * side <= largest**3
-    return 1 < side <= (LONGER * largest if small else largest)
