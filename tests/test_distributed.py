@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from two_processes import (
     Pair,
     Training,
     alone_of_shards,
+    bases_of_shards,
     bowed,
     each_alone,
     exchanged,
     exchanged_along_secants,
     fail,
     flat_parameters,
+    in_eigenbases,
     interrupted,
     nothing,
     other_options,
@@ -28,6 +31,7 @@ from two_processes import (
     survives,
     tensor_parallel,
     trained,
+    under_noise,
 )
 
 import koopt
@@ -56,7 +60,7 @@ def require_like(own, other):
     for a, b in zip(own, other, strict=True):
         losses = ("before", "after")
         assert {k: v for k, v in a.items() if k not in losses} == {k: v for k, v in b.items() if k not in losses}
-        assert [a[k] for k in losses] == pytest.approx([b[k] for k in losses], rel=1e-6)
+        assert all(a[k] == (None if b[k] is None else pytest.approx(b[k], rel=1e-6)) for k in losses)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,6 +109,29 @@ def test_one_process_under_nccl(kind):
         pair.close()
     require_like(only["jumps"], alone["jumps"])
     torch.testing.assert_close(only["weights"], alone["weights"], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "torchrun"])
+def test_moves_in_eigenbases_are_those_of_one_process(pair, kind):
+    alone, plain = in_eigenbases("one"), trained("one", steps=30, mode="auto", history=0)
+    first, second = pair.both(in_eigenbases, kind)
+    assert first["count"] == second["count"] == alone["count"] == 21
+    assert torch.equal(first["weights"], second["weights"])
+    torch.testing.assert_close(first["weights"], alone["weights"], **CLOSE)
+    assert not torch.allclose(alone["weights"], plain["weights"], rtol=1e-3)
+
+
+def test_weights_that_rounding_makes_unlike_are_alike_again(pair):
+    first, second = pair.both(in_eigenbases, "ddp", unlike=14)
+    same = [own == other for own, other in zip(first["prints"], second["prints"], strict=True)]
+    assert same == [True] * 14 + [False] * 5 + [True] * 11
+
+
+def test_noise_is_found_by_all_processes(pair):
+    first, second = pair.both(under_noise)
+    assert first["count"] == second["count"] > 20
+    assert first["reason"] == second["reason"]
+    assert torch.equal(first["weights"], second["weights"])
 
 
 def test_tensor_parallel_layers(pair):
@@ -166,8 +193,14 @@ def test_a_process_that_is_killed_in_a_jump(kind, tmp_path):
     again.run(12)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("options", [{"mode": "auto", "momentum": "combine"}, {"width": 1}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *product(("ddp", "fsdp"), [{"mode": "auto", "momentum": "combine"}, {"width": 1}]),
+        ("ddp", {"mode": "auto", "precondition": 16}),
+    ],
+    ids=str,
+)
 def test_distributed_checkpoints_resume_bit_for_bit_and_on_another_number_of_processes(pair, kind, options, tmp_path):
     whole, _ = pair.both(interrupted, kind, tmp_path / "two", **options)
     assert any(jump["accepted"] for jump in whole["jumps"])
@@ -203,6 +236,7 @@ def test_what_is_exchanged_does_not_grow_with_the_model(pair, kind):
         (other_options, "attach: the processes differ in options"),
         (flat_parameters, "model: FullyShardedDataParallel .* shard the model with torch.distributed.fsdp.fully_shard"),
         (alone_of_shards, "group is None, but the parameters are shards"),
+        (bases_of_shards, "precondition is 16, but weights are sharded over processes, expected whole ones"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_everywhere(pair, function, message):

@@ -540,7 +540,7 @@ def test_what_is_not_used_is_not_used_in_a_resumed_run():
 
 
 def test_a_state_without_bases_is_taken_over_where_they_were_not_asked_for():
-    """As several processes save it."""
+    """As of sharded weights; and so is one of bases of other weights."""
     koop = noisy(adamw, steps=100, mode="auto")[2]
     assert koop.preconditioned
     state = koop.state_dict()
@@ -551,5 +551,8 @@ def test_a_state_without_bases_is_taken_over_where_they_were_not_asked_for():
     assert all(held.seen == 0 for held in again._bases.matrices.values())
     again.load_state_dict(state)
     assert again.preconditioned == koop.preconditioned
+    parts = {name: {"another": part["weight"]} for name, part in state["bases"].items() if name != "steps"}
+    again.load_state_dict(state | {"bases": parts | {"steps": 3}})
+    assert all(held.seen == 0 for held in again._bases.matrices.values())
     with pytest.raises(ValueError, match="recorded with precondition=None, this run has precondition=64"):
         noisy(adamw, steps=5, mode="auto", precondition=64)[2].load_state_dict(state)

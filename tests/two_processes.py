@@ -146,6 +146,40 @@ def trained(kind, steps=60, **options):
     }
 
 
+def in_eigenbases(kind, steps=30, unlike=None, **options):
+    """A run whose moves are made in eigenbases; after step `unlike` weights differ by rounding."""
+    task = Training(kind, **({"mode": "auto", "history": 0, "precondition": 16} | options))
+    alike = []
+    for step in range(steps):
+        task.step()
+        if step == unlike and dist.get_rank() == 1:
+            with torch.no_grad():
+                task.model.module[0].weight *= 1 + 2**-52
+        alike.append(koopt.distributed.fingerprint(task.model.parameters()))
+    return {"weights": task.weights, "count": task.koop.preconditioned, "prints": alike}
+
+
+def under_noise(steps=60):
+    """How many moves are made in eigenbases by default, on batches of each process's own; the weights."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    scales = torch.logspace(0, -2, 12)
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Linear(12, 4, bias=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+
+    def loss(count, noise):
+        x = torch.randn(count, 12, generator=generator) * scales
+        y = x.sum(1, keepdim=True) + noise * torch.randn(count, 4, generator=generator)
+        return mse_loss(model(x), y)
+
+    koop = koopt.attach(optimizer, model, guard=lambda: loss(100, 0.0))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(4, 0.3).backward()
+        optimizer.step()
+    return {"count": koop.preconditioned, "weights": model.module.weight.detach(), "reason": koop.jumps[-1].reason}
+
+
 def tensor_parallel():
     """The loss and jumps of a network whose layers are split over the processes."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -294,10 +328,16 @@ def alone_of_shards():
     return said(model, group=None)
 
 
-def said(model, **options):
+def bases_of_shards():
+    model = network()
+    fully_shard(model)
+    return said(model, torch.optim.Adam, precondition=16)
+
+
+def said(model, make=torch.optim.SGD, **options):
     """What attach() has against a model."""
     try:
-        koopt.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
+        koopt.attach(make(model.parameters(), lr=0.1), model, **options)
     except ValueError as error:
         return str(error)
     return ""

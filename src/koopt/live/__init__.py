@@ -85,7 +85,8 @@ def attach(
             eigenbasis moves are made, if the optimizer is torch's Adam or AdamW; up to four times that where it costs
             no more than for a square weight of that side. 0: all moves stay the optimizer's own; a number: from the
             start, in all modes; None: 256 in mode "auto" with a guard, from a look that finds noise on, if no more
-            moves were accepted than looks found noise, and 0 in other modes, or with several processes.
+            moves were accepted than looks found noise, and 0 in other modes. Weights that are sharded over processes
+            keep the optimizer's moves.
         max_overhead: what recording, fits and the guard may cost, as a share of the steps. It is counted, not measured:
             an evaluation is 1/3 of a step, the rest goes by bytes as on batches of 64; see docs/live.md. Steps along
             secants that lowered the loss are not counted, nor are moves in eigenbases.
@@ -170,6 +171,11 @@ def attach(
             f"precondition is {precondition}, but the optimizer is {type(optimizer).__name__}, expected torch's Adam "
             "or AdamW by itself; leave it None"
         )
+    if precondition and any(map(sharding.is_sharded, named.values())):
+        raise ValueError(
+            f"precondition is {precondition}, but weights are sharded over processes, expected whole ones, as with "
+            "DistributedDataParallel; leave it None"
+        )
     at_once = precondition is not None
     if precondition is None:
         precondition = eigenbases.LARGEST if mode == "auto" and replaced else 0
@@ -191,11 +197,7 @@ def attach(
         raise ValueError(f"history is {history}, but L-BFGS leaves no gradient of where a step began; leave it 0")
     asked = repr((replace(settings, device=torch.device(place.type)), guard is None, refresh is None))
     ranks = distributed.join(model, named, group, asked)
-    if ranks is not None and precondition:
-        if at_once:
-            raise ValueError(f"precondition is {precondition}, which is for one process alone; leave it None")
-        settings = replace(settings, precondition=0)
-    distributed.together(lambda: _require_memory(parameters, settings), ranks, "attach")
+    distributed.together(lambda: _require_memory(list(named.values()), settings), ranks, "attach")
     return Live(stepping, inner, model, named, guard, refresh, settings, with_optimizer, ranks)
 
 
@@ -222,8 +224,9 @@ def _trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn
     return named
 
 
-def _require_memory(parameters: Sequence[Tensor], settings: Settings) -> None:
+def _require_memory(whole: Sequence[Tensor], settings: Settings) -> None:
     """Refuse more than is free: of what is recorded where that is kept, and of bases where the parameters are."""
+    parameters = [sharding.local(parameter) for parameter in whole]
     snapshots, means = settings.snapshots, settings.means
     needed = nbytes_of(parameters, snapshots, means, settings.dtype)
     needed += secants.nbytes_of(parameters, settings.history, settings.dtype)
@@ -234,7 +237,7 @@ def _require_memory(parameters: Sequence[Tensor], settings: Settings) -> None:
             f"{needed / 2**30:.3g} GiB, {settings.device} has {free / 2**30:.3g} GiB free; "
             "take a smaller window, tail or history, dtype=torch.bfloat16, or device='cpu'"
         )
-    place, bases = parameters[0].device, eigenbases.nbytes_of(parameters, settings.precondition)
+    place, bases = parameters[0].device, eigenbases.nbytes_of(whole, settings.precondition)
     beside = needed if place == settings.device else 0
     free = free_memory(place)
     if bases and free is not None and bases + beside > free:

@@ -10,11 +10,11 @@ from weakref import WeakSet
 
 import torch
 
-from koopt import sharding
+from koopt import distributed, sharding
 from koopt.live import evaluating, records, resuming
 from koopt.live.attempts import Attempts
 from koopt.live.budget import MEAN
-from koopt.live.eigenbases import Eigenbases
+from koopt.live.eigenbases import EVERY, Eigenbases
 from koopt.live.judging import Judge
 from koopt.live.skipping import skipped
 from koopt.live.weights import Weights
@@ -72,7 +72,8 @@ class Live:
         self._means = BlockMeans(recorded, settings.window, *place) if settings.means else None
         jumping = (optimizer, model, self._weights, self._judge, self._means, settings, ranks)
         self._attempts = Attempts(*jumping) if settings.snapshots else None
-        self._bases = Eigenbases(optimizer, named, settings.precondition) if settings.precondition else None
+        bases = Eigenbases(optimizer, named, settings.precondition)
+        self._bases = bases if bases.matrices else None
         self._taste = evaluating.Taste()
         self._loading: tuple[Mapping[str, Any], list[Jump]] | None = None  # what waits for the optimizer's own part
         self.steps = 0
@@ -290,21 +291,28 @@ class Live:
         if self._attempts is not None:
             self._attempts.load_state_dict(state["attempts"], jumps, state["steps"])
         if self._bases is not None:
-            self._bases.load_state_dict(state["bases"]) if "bases" in state else self._bases.clear()
+            given = self._bases_of(state)
+            self._bases.clear() if given is None else self._bases.load_state_dict(given)
         self.steps, self._judge.sound = state["steps"], state["sound"]
 
     def _require_fits(self, state: Mapping[str, Any]) -> list[Jump]:
         """Refuse a state that is not of such a run; returns its jumps."""
         recorded = {name: resuming.without_values(part.state_dict()) for name, part in self._parts().items()}
         own = self._with_recorded(recorded) | {"jumps": ""}
-        if not self._settings.at_once:  # there are bases only where noise was found, and in one process
-            state = dict(state)
-            given = state.pop("bases", None)
+        if not self._settings.at_once:  # there are bases only where noise was found, of weights that are not sharded
+            given, state = self._bases_of(state), {name: value for name, value in state.items() if name != "bases"}
             own.pop("bases", None)
             if given is not None and self._bases is not None:
                 state["bases"], own["bases"] = given, self._bases.state_dict()
         resuming.require_fits(state, own)
         return records.from_text(state["jumps"])
+
+    def _bases_of(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Those of a state, unless they are of other weights: sharded ones have none."""
+        given = state.get("bases")
+        counts = given.get("counts") if isinstance(given, dict) else None
+        others = self._bases is None or (isinstance(counts, dict) and counts.keys() != self._bases.matrices.keys())
+        return None if others else given
 
     def _with_recorded(self, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """The state but for the jumps, with this for what is recorded."""
@@ -361,6 +369,8 @@ class Live:
         along = attempts is not None and attempts.along_secants  # which gives it up anyway
         if not along and (self._settings.at_once or (attempts is not None and attempts.noisy)):
             bases.replace(jumped=attempts is not None and bool(attempts.jumps) and attempts.jumps[-1].accepted)
+            if self.steps % EVERY == 0:
+                distributed.settle(self._weights.named.values(), self._ranks)
         else:
             bases.clear()
 
