@@ -127,8 +127,9 @@ def test_weights_that_rounding_makes_unlike_are_alike_again(pair):
     assert same == [True] * 14 + [False] * 5 + [True] * 11
 
 
-def test_noise_is_found_by_all_processes(pair):
-    first, second = pair.both(under_noise)
+@pytest.mark.parametrize("options", [{}, {"history": 0}], ids=str)
+def test_noise_is_found_by_all_processes(pair, options):
+    first, second = pair.both(under_noise, **options)
     assert first["count"] == second["count"] > 20
     assert first["reason"] == second["reason"]
     assert torch.equal(first["weights"], second["weights"])

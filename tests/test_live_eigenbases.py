@@ -304,6 +304,50 @@ def test_one_lucky_move_does_not_hide_noise(seed):
     assert koop.preconditioned == 60 - koop.jumps[1].step - FIRST + 1
 
 
+def test_noise_is_found_without_steps_along_secants():
+    koop = noisy(adamw, steps=60, mode="auto", history=0)[2]
+    (look,) = koop.jumps
+    assert (look.step, look.accepted, look.evaluations) == (20, False, 4)
+    assert look.reason.startswith("noise: the guard's slope is off")
+    assert koop.preconditioned == 60 - 20 - FIRST + 1
+
+
+def test_noise_is_not_looked_for_where_nothing_follows_from_it():
+    for options in ({"precondition": 0}, {"precondition": 64}, {"max_overhead": 0.0}, {"mode": "jump"}):
+        assert not noisy(adamw, steps=25, **({"mode": "auto", "history": 0} | options))[2].jumps
+
+
+@pytest.mark.parametrize("decay", [0.0, 3.0])
+@pytest.mark.parametrize("clip", [math.inf, 0.01])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_smooth_loss_is_not_taken_for_noise_without_secants(decay, clip, sign):
+    """Nor is decay that is a part of gradients, nor are these where they are clipped, or of what is maximized."""
+
+    def trained(attached):
+        torch.manual_seed(0)
+        x, model = torch.randn(64, 6), nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.003, weight_decay=decay, maximize=sign < 0)
+
+        def loss():
+            return mse_loss(model(x), x[:, :1] * x[:, 1:2])
+
+        koop = None
+        if attached:
+            options = {"cycle": 1000, "history": 0, "mode": "auto", "max_overhead": 1.0}
+            koop = koopt.attach(optimizer, model, guard=loss, **options)
+        for _ in range(170):
+            optimizer.zero_grad()
+            (sign * loss()).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+        return koop, bits(model, optimizer)
+
+    koop, own = trained(True)
+    assert koop.jumps == []
+    assert koop._attempts.schedule.spent > 3  # looks at 20, 40, 80 and 160
+    assert own == trained(False)[1]
+
+
 def test_what_is_known_of_noise_goes_on_in_a_resumed_run():
     koop, again = (noisy(adamw, steps=steps, mode="auto")[2]._attempts for steps in (400, 5))
     assert koop.noisy
@@ -372,11 +416,13 @@ def test_a_closure_is_called_as_often_as_without():
     assert koop.preconditioned == 21
 
 
-@pytest.mark.parametrize("at", [5, 25])
-def test_a_resumed_run_is_the_uninterrupted_one(at):
+@pytest.mark.parametrize("at", [5, 19, 25])
+@pytest.mark.parametrize("options", [{"precondition": 256}, {"mode": "auto", "history": 0, "cycle": 1000}], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one(at, options):
     def attached():
         task = Task(adam)
-        return task, task.attach(precondition=256)
+        guard = None if "precondition" in options else lambda: -task.loss()  # whose slope is off
+        return task, task.attach(guard=guard, **options)
 
     task, koop = attached()
     task.run(at)

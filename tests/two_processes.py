@@ -159,7 +159,7 @@ def in_eigenbases(kind, steps=30, unlike=None, **options):
     return {"weights": task.weights, "count": task.koop.preconditioned, "prints": alike}
 
 
-def under_noise(steps=60):
+def under_noise(steps=60, **options):
     """How many moves are made in eigenbases by default, on batches of each process's own; the weights."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     scales = torch.logspace(0, -2, 12)
@@ -172,7 +172,7 @@ def under_noise(steps=60):
         y = x.sum(1, keepdim=True) + noise * torch.randn(count, 4, generator=generator)
         return mse_loss(model(x), y)
 
-    koop = koopt.attach(optimizer, model, guard=lambda: loss(100, 0.0))
+    koop = koopt.attach(optimizer, model, guard=lambda: loss(100, 0.0), **options)
     for _ in range(steps):
         optimizer.zero_grad()
         loss(4, 0.3).backward()

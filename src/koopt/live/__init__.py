@@ -179,6 +179,8 @@ def attach(
     at_once = precondition is not None
     if precondition is None:
         precondition = eigenbases.LARGEST if mode == "auto" and replaced else 0
+        if not any(eigenbases.has_side(parameter, precondition) for parameter in named.values()):
+            precondition = 0
     settings = Settings(
         mode=mode,
         window=window,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from koopt import distributed
-from koopt.live import records, secants
-from koopt.live.budget import ENOUGH, GUARD, MOST, SNAPSHOT, TRIES, Costs, Schedule
+from koopt.live import looking, records, secants
+from koopt.live.budget import ENOUGH, GUARD, MOST, SNAPSHOT, TRIES, Costs, Schedule, at_doubling
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, block_after, displaced, paired, smooth, unpaired
 from koopt.live.clipping import Clipping
 from koopt.live.jumps import TOLERANCE, WORSE, Found, agreement, follow, loss_along, search
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 NOISE_FOUND = "noise:"
 NOISY = f"{NOISE_FOUND} the guard's slope is off that of the gradients"
+ASKED = 4  # evaluations at most, to ask whether gradients are noise along the optimizer's own move
 ALWAYS = 4  # steps along secants before each of which it is asked whether gradients are noise
 PRECONDITIONED = 'preconditioner: the optimizer holds matrices, and jumps do it harm; mode="jump" jumps all the same'
 AGAIN, SAME = 10, 1e-3  # steps along secants that follow one another before the guard is asked anew; how alike it is
@@ -99,6 +100,7 @@ class Attempts:
         self.callbacks: list[Callable[[Jump], object]] = []
         self._lowered = self._misled = 0  # moves that were accepted; looks at which the guard's slope was off
         self._found = False  # noise, at any look
+        self._began: list[Tensor] = []  # the weights before a step that is looked at
         self._watch(0)
 
     @property
@@ -127,8 +129,8 @@ class Attempts:
         state = {name: getattr(self.schedule, name) for name in SCHEDULED} | {"choice": self._choice.state_dict()}
         if self.secants is not None:
             measured = {name: held.clone() for name, held in self.secants.measured.items()}
-            state |= self._streak.state_dict() | self._clipping.state_dict() | {"measured": measured}
-        return state
+            state |= self._streak.state_dict() | {"measured": measured}
+        return state | self._clipping.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], jumps: list[Jump], steps: int) -> None:
         """Take over a :meth:`state_dict` and the records at a step, once what is recorded has been taken over."""
@@ -137,9 +139,9 @@ class Attempts:
         self._choice.load_state_dict(state["choice"])
         if self.secants is not None:
             self._streak.load_state_dict(state)
-            self._clipping.load_state_dict(state)
             for name, held in self.secants.measured.items():
                 held.copy_(state["measured"][name])
+        self._clipping.load_state_dict(state)
         self._block, self.jumps = self.tail.block, jumps
         self._lowered = sum(jump.moves for jump in jumps)
         self._misled = sum(jump.reason.startswith(NOISY) for jump in jumps)
@@ -148,6 +150,7 @@ class Attempts:
 
     def before(self, step: int) -> None:
         """The optimizer is about to take a step."""
+        self._began = [value.clone() for value in self._weights.values] if self._looks_at(step) else []
         if self.secants is None:
             return
         streak = self._streak
@@ -161,6 +164,9 @@ class Attempts:
 
     def after(self, steps: int) -> None:
         """The optimizer has taken a step: record it, and make the attempt that is due."""
+        if self._began:
+            self._look(self._began, steps)
+            self._began = []
         if self.secants is None or not self._toward_step(self.secants, steps):
             left = self.schedule.due - steps
             if left < self.tail.steps:
@@ -185,7 +191,22 @@ class Attempts:
 
     def _watch(self, steps: int) -> None:
         """Look at the next gradients as backward leaves them, where they are to be recorded."""
-        self._clipping.watch(bool(self._streak.moves) or self._at_point(steps + 1))
+        step = steps + 1
+        self._clipping.watch(bool(self._streak.moves) or self._at_point(step) or self._looks_at(step))
+
+    def _looks_at(self, step: int) -> bool:
+        """Whether the optimizer's own move is to tell if gradients are noise."""
+        return self._settings.looks and not self._found and looking.is_due(step)
+
+    def _look(self, before: Sequence[Tensor], steps: int) -> None:
+        """Ask whether gradients are noise along the move just made; only noise is put on record."""
+        factor = self._clipping.factor()
+        if factor is None or not self.schedule.allows_secants(steps, ASKED):
+            return
+        self._weights.require_free()
+        jump = self._try(lambda: self._attempt_look(before, factor), steps, GUARD)
+        if jump.reason.startswith(NOISY):
+            self._tell(jump)
 
     def _at_point(self, step: int) -> bool:
         """Whether a step is one whose gradient is recorded for the step along secants that is due."""
@@ -222,7 +243,7 @@ class Attempts:
     def _doubtful(self) -> bool:
         """Whether it is asked if gradients are noise: rarer and rarer, as what is smooth seldom turns noisy."""
         tries = self.schedule.tries + 1
-        return tries <= ALWAYS or tries & (tries - 1) == 0
+        return tries <= ALWAYS or at_doubling(tries)
 
     def _toward_jump(self, steps: int, left: int) -> None:
         """Record the last steps before the attempt that is due in `left`, and make it, as far as the budget allows."""
@@ -380,6 +401,19 @@ class Attempts:
             if found.coefficients is None:
                 return found
             return found._replace(coefficients=unpaired(found.coefficients, size, recorded))
+
+        return self._judge.best(searching)
+
+    def _attempt_look(self, before: Sequence[Tensor], factor: float) -> tuple[Found, Mapping[str, Tensor]]:
+        parameters, place = list(self._weights.named.values()), self._settings.device
+        like = torch.empty(0, dtype=torch.promote_types(self._settings.dtype, torch.float32), device=place)
+        now = self._weights.values
+        step = looking.own_move(self._optimizer, parameters, before, now, factor, like, self._ranks)
+
+        def searching(saved: Sequence[Tensor], loss: float) -> Found:
+            asked = Found(WORSE, loss, along=step, length=step.longest)
+            off = abs(agreement(asked, None, saved, self._judge.loss, self._ranks) - 1)
+            return asked if off <= TOLERANCE else Found(f"{NOISY} by {off:.2g} of it", loss)
 
         return self._judge.best(searching)
 

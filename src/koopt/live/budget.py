@@ -22,6 +22,15 @@ LONGEST = 16  # the longest wait between those of no use, in cycles
 CHANCES, ADVANCE = 2, 200  # tries before one is better; steps whose budget they may spend beforehand
 
 
+def at_doubling(time: int) -> bool:
+    """Whether what is done rarer and rarer is due.
+
+    >>> [time for time in range(20) if at_doubling(time)]
+    [1, 2, 4, 8, 16]
+    """
+    return time.bit_count() == 1
+
+
 @dataclass(frozen=True)
 class Costs:
     """What an attempt costs, in optimizer steps.

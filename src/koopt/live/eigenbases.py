@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from koopt import sharding
+from koopt.live.budget import at_doubling
 from koopt.live.secants import gradients, sound
 from koopt.live.skipping import flag, groups_of
 
@@ -304,7 +305,7 @@ def is_due(time: int, side: int) -> bool:
     >>> [time for time in range(1, 20) if is_due(time, 600)]
     [1, 2, 4, 5, 8, 10, 15, 16]
     """
-    return time % max(1, round((side / LARGEST) ** 2)) == 0 or time.bit_count() == 1
+    return time % max(1, round((side / LARGEST) ** 2)) == 0 or at_doubling(time)
 
 
 def replaces(optimizer: torch.optim.Optimizer) -> bool:

@@ -79,7 +79,7 @@ class Live:
         self.steps = 0
         untraced: Any = torch.compiler.disable  # in a compiled step they would be traced anew as their counters change
         self._hooks = [stepping.register_step_post_hook(untraced(self._after))]
-        if settings.history:
+        if settings.history or settings.looks:
             self._hooks.append(stepping.register_step_pre_hook(untraced(self._before)))
         if with_optimizer:
             self._hooks.append(optimizer.register_state_dict_post_hook(self._into))

@@ -168,11 +168,13 @@ def default_length(tensors: Sequence[Tensor], dtype: torch.dtype) -> int:
     return length if length * each <= MOST_BYTES else 0
 
 
-def gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[Any], factor: float = 1.0) -> list[Tensor]:
+def gradients(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Any], factor: float = 1.0, decayed: bool = True
+) -> list[Tensor]:
     """What the optimizer descends along, as far as this process holds it: dense, zeros where there is no gradient.
 
-    Times the factor by which they had been clipped, with weight decay that is a part of the loss, and with the sign
-    turned where the optimizer maximizes.
+    Times the factor by which they had been clipped, with weight decay that is a part of the loss unless not `decayed`,
+    and with the sign turned where the optimizer maximizes.
 
     >>> parameter = nn.Parameter(torch.ones(2))
     >>> gradients(torch.optim.SGD([parameter], lr=0.1, weight_decay=0.5), [parameter])
@@ -185,7 +187,7 @@ def gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[Any], facto
         own = own.to_dense() if own.layout is not torch.strided else own
         own = -own if group.get("maximize") else own
         own = own if factor == 1 else own * factor
-        decay = 0.0 if decoupled(optimizer, group) else float(group.get("weight_decay", 0.0))
+        decay = 0.0 if not decayed or decoupled(optimizer, group) else float(group.get("weight_decay", 0.0))
         found.append(own.add(held, alpha=decay) if decay else own)
     return found
 

@@ -44,5 +44,10 @@ class Settings:
         return 0 if self.mode == "forecast" else self.rows * (2 if self.momentum == "combine" else 1)
 
     @property
+    def looks(self) -> bool:
+        """Whether noise is looked for though there are no steps along secants, which would find it."""
+        return bool(self.precondition) and not self.at_once and not self.history
+
+    @property
     def means(self) -> int:
         return 0 if self.mode == "jump" else self.window
