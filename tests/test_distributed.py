@@ -23,6 +23,7 @@ from two_processes import (
     flat_parameters,
     in_eigenbases,
     interrupted,
+    longer_sides,
     nothing,
     other_options,
     other_weights,
@@ -133,6 +134,11 @@ def test_noise_is_found_by_all_processes(pair, options):
     assert first["count"] == second["count"] > 20
     assert first["reason"] == second["reason"]
     assert torch.equal(first["weights"], second["weights"])
+
+
+@pytest.mark.parametrize(("examples", "found"), [((1200, 1300), ["weight"]), ((1300, 1100), [])])
+def test_the_process_with_fewest_examples_decides_on_longer_sides(pair, examples, found):
+    assert pair.both(longer_sides, examples) == [found, found]
 
 
 def test_tensor_parallel_layers(pair):

@@ -15,6 +15,7 @@ from torch.nn.functional import mse_loss
 import koopt
 from koopt.live import eigenbases
 from koopt.live.eigenbases import FIRST, MEMORY, Eigenbases, Matrix
+from koopt.live.examples import Examples
 
 NOTHING = 1e-30  # a rate at which no weight is moved, and yet a step taken
 
@@ -602,3 +603,118 @@ def test_a_state_without_bases_is_taken_over_where_they_were_not_asked_for():
     assert all(held.seen == 0 for held in again._bases.matrices.values())
     with pytest.raises(ValueError, match="recorded with precondition=None, this run has precondition=64"):
         noisy(adamw, steps=5, mode="auto", precondition=64)[2].load_state_dict(state)
+
+
+def wide(examples=1200, side=300, **options):
+    """A network whose sides are longer than 256, in noise; `examples` go through it in a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, side), nn.Tanh(), nn.Linear(side, side), nn.Tanh(), nn.Linear(side, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    koop = koopt.attach(optimizer, model, **({"guard": lambda: 1.0, "mode": "auto", "cycle": 1000} | options))
+    generator = torch.Generator().manual_seed(0)
+
+    def step():
+        optimizer.zero_grad()
+        x = torch.randn(examples, 8, generator=generator)
+        mse_loss(model(x), x[:, :1]).backward()
+        optimizer.step()
+
+    return model, optimizer, koop, step
+
+
+def longest(koop):
+    return max(len(basis) for held in koop._bases.matrices.values() for basis in held.bases if basis is not None)
+
+
+def test_longer_sides_have_bases_where_many_examples_go_through_them():
+    for examples, options in ((1200, {}), (1199, {}), (1200, {"precondition": 256})):
+        _, _, koop, step = wide(examples, **options)
+        step()
+        assert ("2.weight" in koop._bases.matrices) == (examples == 1200 and not options)
+
+
+def test_what_takes_more_memory_than_is_free_has_no_longer_bases(monkeypatch, caplog):
+    for free, kept in ((10**3, False), (10**9, True)):
+        _, _, koop, step = wide()
+        before = koop.nbytes
+        monkeypatch.setattr("koopt.live.handle.free_memory", lambda device, free=free: free)
+        step()
+        assert ("2.weight" in koop._bases.matrices) == kept
+        assert koop.nbytes - before == (4 * (3 * 300**2 + 4 * 300**2) if kept else 0)
+    assert "bases of longer sides need 0.00235 GiB more, which are not free" in caplog.text
+
+
+@pytest.mark.parametrize("at", [0, 1, 19, 40])
+def test_a_resumed_run_has_the_longer_sides_of_the_first_one(at):
+    model, optimizer, koop, step = wide()
+    for _ in range(at):
+        step()
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), koop.state_dict()))
+    rest = torch.randn(45, 1200, 8)
+
+    def go_on(model, optimizer):
+        for x in rest:
+            optimizer.zero_grad()
+            mse_loss(model(x), x[:, :1]).backward()
+            optimizer.step()
+        return bits(model, optimizer)
+
+    other = wide()
+    other[0].load_state_dict(state[0])
+    other[1].load_state_dict(state[1])
+    other[2].load_state_dict(state[2])
+    assert go_on(*other[:2]) == go_on(model, optimizer)
+    assert koop.preconditioned == other[2].preconditioned > 0
+    assert longest(koop) == longest(other[2]) == 300
+
+
+@pytest.mark.parametrize("examples", [7, {"0.weight": -1, "2.weight": 0, "4.weight": 0}], ids=str)
+def test_numbers_of_examples_that_cannot_be_are_refused(examples):
+    state = wide()[2].state_dict()
+    with pytest.raises(ValueError, match="state"):
+        wide()[2].load_state_dict(state | {"bases": state["bases"] | {"examples": examples}})
+
+
+def test_examples_are_counted_in_one_step_and_not_in_looks():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 5), nn.LayerNorm(5))
+    named = dict(model.named_parameters())
+    examples = Examples(model, {name: one for name, one in named.items() if name != "2.bias"})
+    for count in (3, 4):
+        model(torch.zeros(count, 1, 8, 8))
+    with torch.no_grad():
+        model(torch.zeros(100, 1, 8, 8))
+    examples.end()
+    model(torch.zeros(100, 1, 8, 8))
+    counts = {name: count for name, count in examples.counts.items() if count}
+    assert counts == {"0.weight": 7 * 36, "2.weight": 7}
+
+
+def test_no_hook_is_left_and_none_is_compiled():
+    model, _, koop, step = wide()
+    assert sum(len(module._forward_hooks) for module in model.modules()) == 3
+    step()
+    assert not any(module._forward_hooks for module in model.modules())
+    model, _, koop, _ = wide()
+    koop.detach()
+    assert not any(module._forward_hooks for module in model.modules())
+    model = nn.Linear(3, 3)
+    for compiled in (torch.compile(model, backend="eager"), nn.Sequential(torch.compile(model, backend="eager"))):
+        Examples(compiled, dict(model.named_parameters()))
+        assert not model._forward_hooks
+    model.compile(backend="eager")
+    Examples(model, dict(model.named_parameters()))
+    assert not model._forward_hooks
+
+
+def test_a_model_that_is_compiled_afterwards_is_left_uncounted():
+    model = nn.Linear(3, 3)
+    examples = Examples(model, dict(model.named_parameters()))
+    torch.compile(model, backend="eager")(torch.ones(4, 3)).sum().backward()
+    assert set(examples.counts.values()) == {0}
+
+
+def test_reparametrized_weights_are_not_computed_to_be_counted():
+    model = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Examples(model, dict(model.named_parameters()))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

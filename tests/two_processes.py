@@ -180,6 +180,16 @@ def under_noise(steps=60, **options):
     return {"count": koop.preconditioned, "weights": model.module.weight.detach(), "reason": koop.jumps[-1].reason}
 
 
+def longer_sides(examples):
+    """The weights that have bases after a step with so many examples in each process."""
+    model = DistributedDataParallel(torch.nn.Linear(300, 300))
+    optimizer = torch.optim.Adam(model.parameters())
+    koop = koopt.attach(optimizer, model, guard=lambda: 1.0)
+    model(torch.ones(examples[dist.get_rank()], 300)).sum().backward()
+    optimizer.step()
+    return list(koop._bases.matrices)
+
+
 def tensor_parallel():
     """The loss and jumps of a network whose layers are split over the processes."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module

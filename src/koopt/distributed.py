@@ -142,6 +142,17 @@ def alike(numbers: Sequence[int], ranks: Ranks | None) -> list[bool]:
     return (largest == -negative).tolist()
 
 
+def least(numbers: Sequence[int], ranks: Ranks | None) -> list[int]:
+    """The smallest of each number over all processes.
+
+    >>> least([3, 4], None)
+    [3, 4]
+    """
+    if ranks is None:
+        return list(numbers)
+    return all_reduce(torch.tensor(list(numbers), dtype=torch.int64, device="cpu"), ranks, "MIN").tolist()
+
+
 def union(indices: list[int], count: int, ranks: Ranks | None) -> list[int]:
     """Those of `count` indices that any process names.
 

@@ -84,9 +84,10 @@ def attach(
         precondition: the longest side of a weight, taken as a matrix of its first dimension by the others, in whose
             eigenbasis moves are made, if the optimizer is torch's Adam or AdamW; up to four times that where it costs
             no more than for a square weight of that side. 0: all moves stay the optimizer's own; a number: from the
-            start, in all modes; None: 256 in mode "auto" with a guard, from a look that finds noise on, if no more
-            moves were accepted than looks found noise, and 0 in other modes. Weights that are sharded over processes
-            keep the optimizer's moves.
+            start, in all modes; None: in mode "auto" with a guard, from a look that finds noise on, if no more moves
+            were accepted than looks found noise, 256, or a fourth of the examples that go through a linear layer or
+            a convolution in the first step, up to 2,048; 0 in other modes. Weights that are sharded over processes keep
+            the optimizer's moves.
         max_overhead: what recording, fits and the guard may cost, as a share of the steps. It is counted, not measured:
             an evaluation is 1/3 of a step, the rest goes by bytes as on batches of 64; see docs/live.md. Steps along
             secants that lowered the loss are not counted, nor are moves in eigenbases.
@@ -179,7 +180,7 @@ def attach(
     at_once = precondition is not None
     if precondition is None:
         precondition = eigenbases.LARGEST if mode == "auto" and replaced else 0
-        if not any(eigenbases.has_side(parameter, precondition) for parameter in named.values()):
+        if not any(map(eigenbases.is_matrix, named.values())):
             precondition = 0
     settings = Settings(
         mode=mode,
@@ -239,7 +240,8 @@ def _require_memory(whole: Sequence[Tensor], settings: Settings) -> None:
             f"{needed / 2**30:.3g} GiB, {settings.device} has {free / 2**30:.3g} GiB free; "
             "take a smaller window, tail or history, dtype=torch.bfloat16, or device='cpu'"
         )
-    place, bases = parameters[0].device, eigenbases.nbytes_of(whole, settings.precondition)
+    place = parameters[0].device
+    bases = sum(eigenbases.nbytes_of(one, settings.precondition) for one in whole) if settings.precondition else 0
     beside = needed if place == settings.device else 0
     free = free_memory(place)
     if bases and free is not None and bases + beside > free:

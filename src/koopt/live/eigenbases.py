@@ -15,13 +15,14 @@ from koopt.live.secants import gradients, sound
 from koopt.live.skipping import flag, groups_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from jaxtyping import Float
     from torch import Tensor
 
 LARGEST = 256  # side whose basis is found by default: to multiply by one takes as long as to forward as many examples
 LONGER = 4  # times that, of a weight so small that this takes no longer than for a square one
+SHARE, LONGEST = 4, 2048  # examples of a step for each row or column of longer sides, which take so little then
 FIRST = 10  # gradients before the first bases
 EVERY, SAMPLED = 10, 2  # steps between new bases, and between gradients that these are made from
 MEMORY = 0.98  # of the averages, a step
@@ -58,7 +59,7 @@ class Matrix:
     used: bool = True
 
     @classmethod
-    def of(cls, parameter: Tensor, largest: int) -> Matrix:
+    def of(cls, parameter: Tensor, largest: int, examples: int = 0) -> Matrix:
         """With nothing seen.
 
         >>> Matrix.of(torch.zeros(2, 9, 9), largest=20).products
@@ -66,7 +67,7 @@ class Matrix:
                 [0., 0.]]), None)
         """
         dtype, zeros = torch.promote_types(parameter.dtype, torch.float32), parameter.detach().new_zeros
-        sides, short = _sides(parameter), short_sides(parameter, largest)
+        sides, short = _sides(parameter), short_sides(parameter, largest, examples)
 
         def squared(side: int) -> Tensor | None:
             return zeros(side, side, dtype=dtype) if side in short else None
@@ -177,7 +178,8 @@ class Eigenbases:
             weights up to four times that, where multiplying takes no longer than for a square one.
 
     Attributes:
-        matrices: by name, of the parameters that have such a side.
+        examples: by name, of all matrices that are held whole: how many of a step go through them, as far as is known.
+        matrices: by name, of those that have such a side, or one that is short beside the examples.
         steps: at which moves were replaced.
 
     Source: Vyas et al. (2024), SOAP; the products are those of Gupta et al. (2018), Shampoo.
@@ -196,9 +198,31 @@ class Eigenbases:
 
     def __init__(self, optimizer: torch.optim.Optimizer, named: Mapping[str, Any], largest: int) -> None:
         self._optimizer, self._largest = optimizer, largest
-        self._parameters = {name: one for name, one in named.items() if has_side(one, largest)}
-        self.matrices = {name: Matrix.of(one, largest) for name, one in self._parameters.items()}
+        self._parameters = {name: one for name, one in named.items() if is_matrix(one)}
+        self.examples = dict.fromkeys(self._parameters, 0)
+        self.matrices = self._made(self.examples)
         self.steps = 0
+
+    def pass_through(self, examples: Mapping[str, int]) -> None:
+        """So many examples of a step go through each weight: sides that are short beside them get a basis, too."""
+        sides = {name: short_sides(one, self._largest, self.examples[name]) for name, one in self._parameters.items()}
+        made = self._made(examples)
+        for name, one in self._parameters.items():
+            if name in self.matrices and short_sides(one, self._largest, examples[name]) == sides[name]:
+                made[name] = self.matrices[name]
+        self.examples, self.matrices = dict(examples), made
+
+    def needed(self, examples: Mapping[str, int]) -> int:
+        """Bytes, with so many examples."""
+        return sum(nbytes_of(one, self._largest, examples[name]) for name, one in self._parameters.items())
+
+    def _made(self, examples: Mapping[str, int], device: str | None = None) -> dict[str, Matrix]:
+        """Matrices with nothing seen."""
+        return {
+            name: Matrix.of(one.detach().to(device or one.device), self._largest, examples[name])
+            for name, one in self._parameters.items()
+            if short_sides(one, self._largest, examples[name])
+        }
 
     @torch.no_grad()
     def replace(self, jumped: bool = False) -> None:
@@ -218,7 +242,7 @@ class Eigenbases:
             found = gradients(self._optimizer, parameters)
             for (name, parameter), gradient, count in zip(given.items(), found, taken, strict=True):
                 if self.matrices[name].squares.device != parameter.device:
-                    self.matrices[name] = Matrix.of(parameter, self._largest)
+                    self.matrices[name] = Matrix.of(parameter, self._largest, self.examples[name])
                 state = self._optimizer.state[parameter]
                 averages = Averages.of(groups[parameter], state, count)
                 replaced |= self._replaced(parameter, gradient, averages, self.matrices[name], jumped)
@@ -240,25 +264,40 @@ class Eigenbases:
     def nbytes(self) -> int:
         return sum(one.nbytes for held in self.matrices.values() for one in held.tensors.values())
 
-    def state_dict(self) -> dict[str, Any]:
-        counts = {name: {key: getattr(held, key) for key in COUNTS} for name, held in self.matrices.items()}
-        values = {name: {key: one.clone() for key, one in held.tensors.items()} for name, held in self.matrices.items()}
-        return {"steps": self.steps, "counts": counts, "values": values}
+    def state_dict(self, whole: bool = True) -> dict[str, Any]:
+        """All that is known; not `whole`: but for what was seen of gradients."""
+        return self._state(self.matrices if whole else {}, self.examples)
+
+    def like(self, state: Any) -> dict[str, Any]:
+        """What a state has to be like that has so many examples: tensors of the same shapes, which take no memory."""
+        given = state if isinstance(state, dict) else {}
+        examples = given["examples"] if _counts(given.get("examples"), self.examples) else self.examples
+        return self._state(self._made(examples, "meta") if given.get("values") else {}, examples)
+
+    def _state(self, matrices: Mapping[str, Matrix], examples: Mapping[str, int]) -> dict[str, Any]:
+        counts = {name: {key: getattr(held, key) for key in COUNTS} for name, held in matrices.items()}
+        values = {name: {key: one.clone() for key, one in held.tensors.items()} for name, held in matrices.items()}
+        return {"steps": self.steps, "examples": dict(examples), "counts": counts, "values": values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; where nothing was seen of gradients, bases are found anew."""
         self.steps = state["steps"]
-        for name, held in self.matrices.items():
+        self.pass_through(state["examples"])
+        self.clear()
+        for name, values in state["values"].items():
+            held = self.matrices[name]
             for key in COUNTS:
                 setattr(held, key, state["counts"][name][key])
             for key, one in held.tensors.items():
-                one.copy_(state["values"][name][key])
+                one.copy_(values[key])
 
     def _given(self, groups: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
         """The parameters that have a gradient, and Adam's averages of it."""
         return {
             name: one
             for name, one in self._parameters.items()
-            if one.grad is not None
+            if name in self.matrices
+            and one.grad is not None
             and "exp_avg_sq" in self._optimizer.state.get(one, {})
             and not groups.get(one, {}).get("amsgrad", True)
         }
@@ -318,38 +357,43 @@ def replaces(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer) in REPLACED
 
 
-def has_side(parameter: Tensor, largest: int) -> bool:
-    """Whether a weight is held whole, and a matrix with a side that is short enough.
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether a weight is one, and held whole.
 
-    >>> [has_side(torch.zeros(shape), largest=20) for shape in ((20,), (8, 3, 9, 9), (30, 3, 9))]
-    [False, True, False]
+    >>> [is_matrix(torch.zeros(shape)) for shape in ((20,), (8, 3, 9, 9))]
+    [False, True]
     """
-    whole = parameter.dim() > 1 and parameter.numel() > 0 and not sharding.is_sharded(parameter)
-    return whole and bool(short_sides(parameter, largest))
+    return parameter.dim() > 1 and parameter.numel() > 0 and not sharding.is_sharded(parameter)
 
 
-def short_sides(parameter: Tensor, largest: int) -> list[int]:
-    """Those of a matrix that are more than 1 and at most so many, or longer where it is small.
+def short_sides(parameter: Tensor, largest: int, examples: int = 0) -> list[int]:
+    """Those of a matrix that are more than 1 and at most so many, or longer where it is small, or beside the examples.
 
     >>> [short_sides(torch.zeros(shape), largest=20) for shape in ((8, 300), (30, 27), (1, 80))]
     [[8], [], [80]]
+    >>> short_sides(torch.zeros(8, 300), largest=20, examples=1200)
+    [8, 300]
     """
     sides, entries = _sides(parameter), parameter.numel()
-    return [s for s in sides if 1 < s <= (LONGER * largest if entries * s <= largest**3 else largest)]
+    longest = min(examples // SHARE, LONGEST)
+    return [s for s in sides if 1 < s <= max(longest, LONGER * largest if entries * s <= largest**3 else largest)]
 
 
-def nbytes_of(parameters: Iterable[Tensor], largest: int) -> int:
-    """What is held for so many weights.
+def nbytes_of(parameter: Tensor, largest: int, examples: int = 0) -> int:
+    """What is held for a weight.
 
-    >>> nbytes_of([torch.zeros(3, 2), torch.zeros(3)], largest=20)
-    176
+    >>> [nbytes_of(torch.zeros(shape), largest=20) for shape in ((3, 2), (3,))]
+    [176, 0]
     """
-    found = 0
-    for parameter in parameters:
-        if has_side(parameter, largest):
-            squared = sum(side**2 for side in short_sides(parameter, largest))
-            found += (3 * parameter.numel() + 2 * squared) * max(parameter.element_size(), torch.float32.itemsize)
-    return found
+    sides = short_sides(parameter, largest, examples) if is_matrix(parameter) else []
+    entries = 3 * parameter.numel() + 2 * sum(side**2 for side in sides) if sides else 0
+    return entries * max(parameter.element_size(), torch.float32.itemsize)
+
+
+def _counts(given: Any, examples: Mapping[str, int]) -> bool:
+    """Whether they are numbers of examples of the same weights."""
+    alike = isinstance(given, dict) and given.keys() == examples.keys()
+    return alike and all(type(count) is int and count >= 0 for count in given.values())
 
 
 def _numbers(counts: Sequence[Any]) -> list[float]:

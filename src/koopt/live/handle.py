@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,10 +16,12 @@ from koopt.live import evaluating, records, resuming
 from koopt.live.attempts import Attempts
 from koopt.live.budget import MEAN
 from koopt.live.eigenbases import EVERY, Eigenbases
+from koopt.live.examples import Examples
 from koopt.live.judging import Judge
 from koopt.live.skipping import skipped
 from koopt.live.weights import Weights
 from koopt.live.window import BlockMeans, Snapshots
+from koopt.memory import free_memory
 from koopt.partitions import bare
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from koopt.live.settings import Settings
 
 KEY = "koopt"  # in the optimizer's own state dict, where asked for
+log = logging.getLogger("koopt")
 _attached: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
@@ -72,8 +76,9 @@ class Live:
         self._means = BlockMeans(recorded, settings.window, *place) if settings.means else None
         jumping = (optimizer, model, self._weights, self._judge, self._means, settings, ranks)
         self._attempts = Attempts(*jumping) if settings.snapshots else None
-        bases = Eigenbases(optimizer, named, settings.precondition)
-        self._bases = bases if bases.matrices else None
+        self._bases = Eigenbases(optimizer, named, settings.precondition) if settings.precondition else None
+        counted = {} if self._bases is None or settings.at_once else self._bases.examples
+        self._examples = Examples(model, {name: named[name] for name in counted}) if counted else None
         self._taste = evaluating.Taste()
         self._loading: tuple[Mapping[str, Any], list[Jump]] | None = None  # what waits for the optimizer's own part
         self.steps = 0
@@ -128,7 +133,9 @@ class Live:
 
     @property
     def nbytes(self) -> int:
-        """The memory held between steps, all of it taken at the start; an attempt takes about three copies more.
+        """The memory held between steps, taken at the start; an attempt takes about three copies more.
+
+        Where many examples go through a weight, its bases may take more from the first step on.
 
         >>> model = nn.Linear(1, 1)
         >>> koopt.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, window=10).nbytes  # and an open block
@@ -252,6 +259,8 @@ class Live:
             hook.remove()
         if self._attempts is not None:
             self._attempts.detach()
+        if self._examples is not None:
+            self._examples.end()
         if self._hooks:
             _attached.discard(self._optimizer)
         self._hooks = []
@@ -293,25 +302,28 @@ class Live:
         if self._bases is not None:
             given = self._bases_of(state)
             self._bases.clear() if given is None else self._bases.load_state_dict(given)
+            if self._examples is not None and any(self._bases.examples.values()):
+                self._examples.end()
+                self._examples = None
         self.steps, self._judge.sound = state["steps"], state["sound"]
 
     def _require_fits(self, state: Mapping[str, Any]) -> list[Jump]:
         """Refuse a state that is not of such a run; returns its jumps."""
         recorded = {name: resuming.without_values(part.state_dict()) for name, part in self._parts().items()}
         own = self._with_recorded(recorded) | {"jumps": ""}
-        if not self._settings.at_once:  # there are bases only where noise was found, of weights that are not sharded
-            given, state = self._bases_of(state), {name: value for name, value in state.items() if name != "bases"}
-            own.pop("bases", None)
-            if given is not None and self._bases is not None:
-                state["bases"], own["bases"] = given, self._bases.state_dict()
+        given = self._bases_of(state)
+        if given is not None and self._bases is not None:
+            own["bases"] = self._bases.like(given)
+        elif not self._settings.at_once:  # as of weights that are sharded
+            state, own = ({name: one for name, one in each.items() if name != "bases"} for each in (state, own))
         resuming.require_fits(state, own)
         return records.from_text(state["jumps"])
 
     def _bases_of(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Those of a state, unless they are of other weights: sharded ones have none."""
         given = state.get("bases")
-        counts = given.get("counts") if isinstance(given, dict) else None
-        others = self._bases is None or (isinstance(counts, dict) and counts.keys() != self._bases.matrices.keys())
+        examples = given.get("examples") if isinstance(given, dict) else None
+        others = self._bases is None or (isinstance(examples, dict) and examples.keys() != self._bases.examples.keys())
         return None if others else given
 
     def _with_recorded(self, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -321,8 +333,8 @@ class Live:
         state["taste"] = self._taste.state_dict()
         if self._attempts is not None:
             state["attempts"] = self._attempts.state_dict()
-        if self._bases is not None and (self._settings.at_once or self._bases.seen):
-            state["bases"] = self._bases.state_dict()
+        if self._bases is not None:
+            state["bases"] = self._bases.state_dict(whole=self._settings.at_once or self._bases.seen)
         return state | {name: self._weights.named_state(part) for name, part in recorded.items()}
 
     def _parts(self) -> dict[str, Snapshots | BlockMeans | Secants]:
@@ -351,6 +363,8 @@ class Live:
         if skipped(optimizer):
             return
         self.steps += 1
+        if self._examples is not None:
+            self._count(self._examples)
         attempts, means = self._attempts, self._means
         if self._bases is not None:
             self._precondition(self._bases)
@@ -362,6 +376,19 @@ class Live:
                 attempts.schedule.spent += MEAN
         if attempts is not None:
             attempts.after(self.steps)
+
+    def _count(self, examples: Examples) -> None:
+        """The first step was taken, and says how many examples there are in one."""
+        assert self._bases is not None
+        examples.end()
+        self._examples = None
+        counts = dict(zip(examples.counts, distributed.least(list(examples.counts.values()), self._ranks), strict=True))
+        free = free_memory(self._weights.parameters[0].device)
+        more = self._bases.needed(counts) - self._bases.nbytes
+        if distributed.everywhere(free is None or more <= free, self._ranks):
+            self._bases.pass_through(counts)
+        else:
+            log.warning("bases of longer sides need %.3g GiB more, which are not free: there are none", more / 2**30)
 
     def _precondition(self, bases: Eigenbases) -> None:
         """The move that was just made, where it is to be made in the eigenbases of gradients."""
