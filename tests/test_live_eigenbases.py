@@ -628,9 +628,25 @@ def longest(koop):
 
 def test_longer_sides_have_bases_where_many_examples_go_through_them():
     for examples, options in ((1200, {}), (1199, {}), (1200, {"precondition": 256})):
-        _, _, koop, step = wide(examples, **options)
+        model, _, koop, step = wide(examples, **options)
+        model(torch.ones(10_000, 8))  # as to look at it
+        step()
         step()
         assert ("2.weight" in koop._bases.matrices) == (examples == 1200 and not options)
+
+
+def test_steps_that_a_scaler_skips_are_not_counted():
+    model = nn.Linear(300, 300)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)  # others are not even called then
+    koop = koopt.attach(optimizer, model, guard=lambda: 1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for factor in (1.0, math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(factor * model(torch.ones(700, 300)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert koop.steps == 2
+    assert koop._bases.examples == {"weight": 700}
 
 
 def test_what_takes_more_memory_than_is_free_has_no_longer_bases(monkeypatch, caplog):
@@ -639,12 +655,13 @@ def test_what_takes_more_memory_than_is_free_has_no_longer_bases(monkeypatch, ca
         before = koop.nbytes
         monkeypatch.setattr("koopt.live.handle.free_memory", lambda device, free=free: free)
         step()
+        step()
         assert ("2.weight" in koop._bases.matrices) == kept
         assert koop.nbytes - before == (4 * (3 * 300**2 + 4 * 300**2) if kept else 0)
     assert "bases of longer sides need 0.00235 GiB more, which are not free" in caplog.text
 
 
-@pytest.mark.parametrize("at", [0, 1, 19, 40])
+@pytest.mark.parametrize("at", [0, 1, 2, 40])
 def test_a_resumed_run_has_the_longer_sides_of_the_first_one(at):
     model, optimizer, koop, step = wide()
     for _ in range(at):
@@ -692,6 +709,7 @@ def test_examples_are_counted_in_one_step_and_not_in_looks():
 def test_no_hook_is_left_and_none_is_compiled():
     model, _, koop, step = wide()
     assert sum(len(module._forward_hooks) for module in model.modules()) == 3
+    step()
     step()
     assert not any(module._forward_hooks for module in model.modules())
     model, _, koop, _ = wide()

@@ -47,6 +47,10 @@ class Examples:
                 counting = partial(_count, self.counts, names[weight], len(weight))
                 self._hooks.append(module.register_forward_hook(counting))
 
+    def restart(self) -> None:
+        """What went through until now was of no step."""
+        self.counts.update(dict.fromkeys(self.counts, 0))
+
     def end(self) -> None:
         """Count no more."""
         for hook in self._hooks:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from koopt.live.secants import Secants
     from koopt.live.settings import Settings
 
+COUNTED = 2  # the step of which examples are counted; before the first one other passes may have been made
 KEY = "koopt"  # in the optimizer's own state dict, where asked for
 log = logging.getLogger("koopt")
 _attached: WeakSet[torch.optim.Optimizer] = WeakSet()
@@ -135,7 +136,7 @@ class Live:
     def nbytes(self) -> int:
         """The memory held between steps, taken at the start; an attempt takes about three copies more.
 
-        Where many examples go through a weight, its bases may take more from the first step on.
+        Where many examples go through a weight, its bases may take more from the second step on.
 
         >>> model = nn.Linear(1, 1)
         >>> koopt.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, window=10).nbytes  # and an open block
@@ -361,6 +362,8 @@ class Live:
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if skipped(optimizer):
+            if self._examples is not None:
+                self._examples.restart()
             return
         self.steps += 1
         if self._examples is not None:
@@ -378,8 +381,11 @@ class Live:
             attempts.after(self.steps)
 
     def _count(self, examples: Examples) -> None:
-        """The first step was taken, and says how many examples there are in one."""
+        """A step was taken, and says how many examples there are in one, unless others may have gone before."""
         assert self._bases is not None
+        if self.steps < COUNTED:
+            examples.restart()
+            return
         examples.end()
         self._examples = None
         counts = dict(zip(examples.counts, distributed.least(list(examples.counts.values()), self._ranks), strict=True))
