@@ -305,6 +305,32 @@ def test_one_lucky_move_does_not_hide_noise(seed):
     assert koop.preconditioned == 60 - koop.jumps[1].step - FIRST + 1
 
 
+@pytest.mark.parametrize(("size", "seed", "moves"), [(32, 0, 2), (128, 1, 7), (64, 2, 15)])
+def test_a_lucky_streak_does_not_hide_noise(size, seed, moves):
+    koop = noisy(adamw, steps=100, seed=seed, size=size, mode="auto")[2]
+    assert [jump.moves for jump in koop.jumps[:2]] == [moves, 0]
+    assert koop.jumps[1].reason.startswith("noise")
+    assert koop.preconditioned == 100 - koop.jumps[1].step - FIRST + 1
+
+
+def test_a_streak_that_ends_in_rounding_is_not_taken_for_noise():
+    torch.manual_seed(0)
+    x, model = torch.randn(64, 6), nn.Linear(6, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def loss():
+        return mse_loss(model(x), x[:, :2])
+
+    koop = koopt.attach(optimizer, model, guard=loss)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert koop.jumps[0].moves < 32
+    assert any(jump.reason.startswith("noise") for jump in koop.jumps)
+    assert koop.preconditioned == 0
+
+
 def test_noise_is_found_without_steps_along_secants():
     koop = noisy(adamw, steps=60, mode="auto", history=0)[2]
     (look,) = koop.jumps

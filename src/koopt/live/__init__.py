@@ -84,10 +84,10 @@ def attach(
         precondition: the longest side of a weight, taken as a matrix of its first dimension by the others, in whose
             eigenbasis moves are made, if the optimizer is torch's Adam or AdamW; up to four times that where it costs
             no more than for a square weight of that side. 0: all moves stay the optimizer's own; a number: from the
-            start, in all modes; None: in mode "auto" with a guard, from a look that finds noise on, if no more moves
-            were accepted than looks found noise, 256, or a fourth of the examples that go through a linear layer or
-            a convolution in the second step, up to 2,048; 0 in other modes. Weights that are sharded over processes
-            keep the optimizer's moves.
+            start, in all modes; None: in mode "auto" with a guard, from a look that finds noise on until
+            later ones say otherwise, 256, or a fourth of the examples that go through a linear layer or a convolution
+            in the second step, up to 2,048; 0 in other modes. Weights that are sharded over processes keep the
+            optimizer's moves.
         max_overhead: what recording, fits and the guard may cost, as a share of the steps. It is counted, not measured:
             an evaluation is 1/3 of a step, the rest goes by bytes as on batches of 64; see docs/live.md. Steps along
             secants that lowered the loss are not counted, nor are moves in eigenbases.

@@ -12,7 +12,7 @@ import torch
 
 from koopt import distributed
 from koopt.live import looking, records, secants
-from koopt.live.budget import ENOUGH, GUARD, MOST, SNAPSHOT, TRIES, Costs, Schedule, at_doubling
+from koopt.live.budget import ENOUGH, GUARD, MOST, SNAPSHOT, TRIES, Costs, Schedule
 from koopt.live.candidates import FEWEST, NOISE, Choice, Proposer, block_after, displaced, paired, smooth, unpaired
 from koopt.live.clipping import Clipping
 from koopt.live.jumps import TOLERANCE, WORSE, Found, agreement, follow, loss_along, search
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 NOISE_FOUND = "noise:"
 NOISY = f"{NOISE_FOUND} the guard's slope is off that of the gradients"
 ASKED = 4  # evaluations at most, to ask whether gradients are noise along the optimizer's own move
-ALWAYS = 4  # steps along secants before each of which it is asked whether gradients are noise
 PRECONDITIONED = 'preconditioner: the optimizer holds matrices, and jumps do it harm; mode="jump" jumps all the same'
 AGAIN, SAME = 10, 1e-3  # steps along secants that follow one another before the guard is asked anew; how alike it is
 LONG = 10  # steps along secants in a row whose end is not counted against the budget
@@ -98,7 +97,7 @@ class Attempts:
         self._streak = Streak()
         self.jumps: list[Jump] = []
         self.callbacks: list[Callable[[Jump], object]] = []
-        self._lowered = self._misled = 0  # moves that were accepted; looks at which the guard's slope was off
+        self._agreed = self._misled = 0  # looks at which the guard's slope was that of the gradients, or was off
         self._found = False  # noise, at any look
         self._began: list[Tensor] = []  # the weights before a step that is looked at
         self._watch(0)
@@ -116,8 +115,8 @@ class Attempts:
 
     @property
     def _smooth(self) -> bool:
-        """Whether more moves were accepted than looks found the guard's slope off."""
-        return self._lowered > self._misled
+        """Whether looks found that it is none often enough, beside those that found the guard's slope off."""
+        return self._agreed > looking.TRUST * self._misled
 
     @property
     def along_secants(self) -> bool:
@@ -143,7 +142,7 @@ class Attempts:
                 held.copy_(state["measured"][name])
         self._clipping.load_state_dict(state)
         self._block, self.jumps = self.tail.block, jumps
-        self._lowered = sum(jump.moves for jump in jumps)
+        self._agreed = sum(map(looking.agreed, jumps))
         self._misled = sum(jump.reason.startswith(NOISY) for jump in jumps)
         self._found = any(jump.reason.startswith(NOISE_FOUND) for jump in jumps)
         self._watch(steps)
@@ -242,8 +241,7 @@ class Attempts:
 
     def _doubtful(self) -> bool:
         """Whether it is asked if gradients are noise: rarer and rarer, as what is smooth seldom turns noisy."""
-        tries = self.schedule.tries + 1
-        return tries <= ALWAYS or at_doubling(tries)
+        return looking.is_doubtful(self.schedule.tries + 1)
 
     def _toward_jump(self, steps: int, left: int) -> None:
         """Record the last steps before the attempt that is due in `left`, and make it, as far as the budget allows."""
@@ -289,7 +287,10 @@ class Attempts:
         if jump.accepted:
             self._forget()
             schedule.spent, schedule.proven = spent, True
-            jump = records.joined(self.jumps.pop(), jump) if streak.moves else jump
+            if streak.moves:
+                last = self.jumps.pop()
+                self._agreed -= looking.agreed(last)
+                jump = records.joined(last, jump)
             if self._judge.refresh is None:  # which may go through all data
                 assert jump.after is not None
                 streak.go_on(jump.after, self._weights.values)
@@ -329,7 +330,7 @@ class Attempts:
     def _tell(self, jump: Jump) -> Jump:
         """Keep the record of an attempt, and pass it on."""
         self.jumps.append(jump)
-        self._lowered += jump.accepted
+        self._agreed += looking.agreed(jump)
         self._misled += jump.reason.startswith(NOISY)
         self._found |= jump.reason.startswith(NOISE_FOUND)
         log.log(logging.INFO if jump.moves == 1 else logging.DEBUG, "%s", jump)

@@ -1,4 +1,4 @@
-"""Whether gradients are noise, asked along the optimizer's own move where there are no steps along secants."""
+"""When it is asked whether gradients are noise, along which move, and how many answers it takes to believe it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,41 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from koopt.exchange import Ranks
+    from koopt.live.jumps import Jump
+
+
+ALWAYS = 4  # steps along secants that follow one another before each of which it is asked, a power of two
+TRUST = 6  # looks that have to find no noise for each that finds some; in a lucky streak as many do
+FALLEN = 1e-3  # share of the loss that no luck leads to: what looks like noise there is rounding
+
+
+def is_doubtful(tries: int) -> bool:
+    """Whether it is asked before a step along secants: rarer and rarer, as what is smooth seldom turns noisy.
+
+    >>> [tries for tries in range(40) if is_doubtful(tries)]
+    [1, 2, 3, 4, 8, 16, 32]
+    """
+    return 1 <= tries <= ALWAYS or at_doubling(tries)
+
+
+def agreed(jump: Jump) -> int:
+    """How many looks found no noise, as a record tells; each move is one where they led far down.
+
+    >>> from koopt.live.jumps import Jump
+    >>> def streak(moves, after):
+    ...     return Jump(20, "secants", 4, None, 1.0, after, moves > 0, "", 9, 0.01, moves)
+    >>> [agreed(streak(moves, after=0.5)) for moves in (0, 1, 4, 7, 8, 31, 32)]
+    [0, 1, 4, 4, 5, 6, 7]
+    >>> agreed(streak(32, after=1e-6))
+    32
+    """
+    if jump.before is not None and jump.after is not None and 0 <= jump.after <= FALLEN * jump.before:
+        return jump.moves
+    return min(jump.moves, ALWAYS) + max(0, jump.moves.bit_length() - ALWAYS.bit_length())
 
 
 def is_due(step: int) -> bool:
-    """Whether it is asked at a step: as early as with steps along secants, then rarer and rarer.
+    """Whether it is asked along the optimizer's own move: as early as along secants, then rarer and rarer.
 
     >>> [step for step in range(200) if is_due(step)]
     [20, 40, 80, 160]
