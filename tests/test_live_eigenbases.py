@@ -493,6 +493,33 @@ def test_the_first_gradients_weigh_alike():
     assert matrix.products[1].tolist() == [[pytest.approx(14 / 3), 0.0], [0.0, 0.0]]
 
 
+@pytest.mark.parametrize("failing", [(torch.float32,), (torch.float32, torch.float64)])
+def test_eigenvectors_that_are_not_found_stop_no_run(failing, monkeypatch, caplog):
+    """LAPACK does not always find them in float32 where many rows are zero, as of units that are dead."""
+    found = torch.linalg.eigh
+
+    def eigh(product):
+        if product.dtype in failing:
+            raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+        return found(product)
+
+    gradients = correlated(20, 6, 4).float()
+    weight, optimizer, held = made((6, 4), rate=0.1, dtype=torch.float32)
+    expected = stepped(weight, optimizer, held, gradients)
+    own = made((6, 4), rate=0.1, dtype=torch.float32, largest=1)
+    plain = stepped(*own, gradients)
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    weight, optimizer, held = made((6, 4), rate=0.1, dtype=torch.float32)
+    move = stepped(weight, optimizer, held, gradients)
+    if len(failing) == 1:
+        torch.testing.assert_close(move, expected, rtol=0.0, atol=1e-3)  # a hundredth of the rate
+        assert held.steps == 11
+    else:
+        assert torch.equal(move, plain)
+        assert held.steps == 0
+        assert "the optimizer's moves are kept for a weight: linalg.eigh" in caplog.text
+
+
 def test_coordinates_that_are_uncorrelated_are_kept():
     """Entries of very different sizes, each for itself: what the first few gradients seem to say is not so."""
     sizes = torch.logspace(0, -3, 36, dtype=torch.float64).view(6, 6)

@@ -100,6 +100,9 @@ class Matrix:
     def begin(self, squares: Float[Tensor, "rows columns"]) -> None:
         """The first bases, and what squared gradients are in them if their average is a product of its margins.
 
+        Raises:
+            torch.linalg.LinAlgError: if the eigenvectors are not found.
+
         >>> matrix = Matrix.of(torch.zeros(2, 1), largest=2)
         >>> matrix.see(torch.tensor([[3.0], [4.0]]), decay=0.5)
         >>> matrix.begin(torch.tensor([[9.0], [16.0]]))
@@ -111,7 +114,7 @@ class Matrix:
         total, margins = squares.sum().clamp_min(tiny), [squares.sum(1), squares.sum(0)]
         for side, (product, basis) in enumerate(zip(self.products, self.bases, strict=True)):
             if product is not None and basis is not None:
-                values, vectors = torch.linalg.eigh(product)
+                values, vectors = _eigen(product)
                 basis.copy_(vectors.flip(1))  # the largest first, which an iteration keeps apart best
                 shares = values.flip(0).clamp_min(0.0)
                 margins[side] = shares * (total / shares.sum()).nan_to_num(0.0, 0.0, 0.0)
@@ -318,7 +321,12 @@ class Eigenbases:
             held.seen = 0
             return False
         if begins:
-            held.begin(squares / averages.corrected)
+            try:
+                held.begin(squares / averages.corrected)
+            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage], as it is documented
+                log.warning("the optimizer's moves are kept for a weight: %.200s", error)
+                held.seen = 0
+                return False
         elif renews:
             held.renew()
         turned = held.turned(gradient)
@@ -336,6 +344,15 @@ class Eigenbases:
         change = own.sub_(held.move(averages.epsilon)).mul_(averages.rate)
         parameter.add_(change.nan_to_num_(0.0, 0.0, 0.0).view(parameter.shape))  # else all that follows would be lost
         return True
+
+
+def _eigen(product: Float[Tensor, "side side"]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors; in float32 they are sometimes not found where many rows are zero."""
+    try:
+        return torch.linalg.eigh(product)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage], as it is documented
+        values, vectors = torch.linalg.eigh(product.double())
+        return values.to(product.dtype), vectors.to(product.dtype)
 
 
 def is_due(time: int, side: int) -> bool:
