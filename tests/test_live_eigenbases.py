@@ -740,7 +740,10 @@ def test_a_resumed_run_has_the_longer_sides_of_the_first_one(at):
 
 @pytest.mark.parametrize("examples", [7, {"0.weight": -1, "2.weight": 0, "4.weight": 0}], ids=str)
 def test_numbers_of_examples_that_cannot_be_are_refused(examples):
-    state = wide()[2].state_dict()
+    _, _, koop, step = wide()
+    step()
+    step()
+    state = koop.state_dict()
     with pytest.raises(ValueError, match="state"):
         wide()[2].load_state_dict(state | {"bases": state["bases"] | {"examples": examples}})
 

@@ -95,7 +95,8 @@ def test_the_handle_is_stateful_for_distributed_checkpoints(tmp_path):
     dcp.load({"koop": again}, checkpoint_id=str(tmp_path), no_dist=True)
     assert again.jumps == koop.jumps
     assert koop.jumps
-    assert repr(again.state_dict()) == repr(koop.state_dict())
+    saved = {name: value for name, value in koop.state_dict().items() if name != "bases"}  # examples are counted anew
+    assert repr(again.state_dict()) == repr(saved)
 
 
 @pytest.mark.parametrize(

@@ -335,7 +335,9 @@ class Live:
         if self._attempts is not None:
             state["attempts"] = self._attempts.state_dict()
         if self._bases is not None:
-            state["bases"] = self._bases.state_dict(whole=self._settings.at_once or self._bases.seen)
+            whole = self._settings.at_once or self._bases.seen
+            if whole or any(self._bases.examples.values()):  # else a distributed checkpoint would have to have them
+                state["bases"] = self._bases.state_dict(whole)
         return state | {name: self._weights.named_state(part) for name, part in recorded.items()}
 
     def _parts(self) -> dict[str, Snapshots | BlockMeans | Secants]:
