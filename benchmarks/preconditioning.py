@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from drift_and_noise import TUNED
-from reaching import mean_shares
+from reaching import cells
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -116,11 +116,8 @@ def main() -> None:
             for title, trainer in trainers(task):
                 own = given | {"rate": rate, "schedule": "constant", "evaluated": "forecast"}
                 found = [run(task, trainer, own, seed)[0] for seed in arguments.seeds]
-                curves = [one.curve for one in found]
-                steps, seconds = mean_shares(curves, aims, task.steps), mean_shares(curves, aims, whole, "seconds")
-                cells = [" ".join(f"{share:.2f}" for share in shares) for shares in (steps, seconds)]
-                finals = " ".join(f"{one.final:.3g}" for one in found)
-                print(f"| {task.name} | {rate:g} | {title} | {' | '.join(cells)} | {finals} |", flush=True)
+                row = cells(found, aims, task.steps, whole)
+                print(f"| {task.name} | {rate:g} | {title} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from koopt.bench.protocol import MISSED
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from koopt.bench.run import Curve
+    from koopt.bench.run import Curve, Record
 
 
 def mean_shares(
@@ -24,13 +24,27 @@ def mean_shares(
         curves: of the runs.
         losses: to be reached, by run.
         budget: in units of the measure.
-        measure: "steps" or "cost".
+        measure: "steps", "cost" or "seconds".
     """
     rows = [
         [statistics.crossing(getattr(curve, measure), curve.loss, loss) / budget for loss in aims]
         for curve, aims in zip(curves, losses, strict=True)
     ]
     return geometric(rows)
+
+
+def cells(records: Sequence[Record], losses: Sequence[Sequence[float]], steps: int, seconds: float) -> str:
+    """Of a table: the shares of steps and of processor time to each loss, and the final losses.
+
+    Args:
+        records: of the runs.
+        losses: to be reached, by run.
+        steps, seconds: of a whole run.
+    """
+    curves = [one.curve for one in records]
+    found = mean_shares(curves, losses, steps), mean_shares(curves, losses, seconds, "seconds")
+    shares = [" ".join(f"{share:.2f}" for share in row) for row in found]
+    return " | ".join([*shares, " ".join(f"{one.final:.4g}" for one in records)])
 
 
 def geometric(shares: Sequence[Any]) -> np.ndarray:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from reaching import mean_shares
+from reaching import cells
 
 from koopt.bench.method import Trainer
 from koopt.bench.methods import attached
@@ -62,18 +62,14 @@ def main() -> None:
         runs = [run(task, Trainer("plain", start_plain, searched), given, seed)[0] for seed in arguments.seeds]
     aims = [losses_at_shares(one, task) for one in runs]
     whole = sum(float(one.curve.seconds[-1]) for one in runs) / len(runs)
-    finals = " ".join(f"{one.final:.3f}" for one in runs)
+    finals = " ".join(f"{one.final:.4g}" for one in runs)
     print(f"| AdamW, cosine | {whole / task.steps * 1e3:.0f} ms a step | | {finals} |", flush=True)
     own = given | {"schedule": "constant", "evaluated": "forecast"}
     for title, (options, share) in WAYS.items():
         trainer = Trainer("koopt", attached.start(start_plain, **options), attached.grid(), guard=True)
         with wide(share):
             found = [run(task, trainer, own, seed)[0] for seed in arguments.seeds]
-        curves = [one.curve for one in found]
-        steps, seconds = mean_shares(curves, aims, task.steps), mean_shares(curves, aims, whole, "seconds")
-        cells = [" ".join(f"{share:.2f}" for share in shares) for shares in (steps, seconds)]
-        finals = " ".join(f"{one.final:.3f}" for one in found)
-        print(f"| {title} | {' | '.join(cells)} | {finals} |", flush=True)
+        print(f"| {title} | {cells(found, aims, task.steps, whole)} |", flush=True)
 
 
 if __name__ == "__main__":
