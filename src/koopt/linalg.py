@@ -246,6 +246,24 @@ def _orthonormal(matrix: Tensor) -> Tensor:
         return torch.linalg.qr(matrix).Q
 
 
+def eigh_there(
+    symmetric: Float[Tensor, "*batch n n"],
+) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n n"]]:
+    """Eigenvalues, rising, and eigenvectors, found where the matrices are: in float32 not always if many rows are zero.
+
+    Raises:
+        torch.linalg.LinAlgError: if they are not found in float64 either.
+
+    >>> eigh_there(torch.diag(torch.tensor([9.0, 1.0])))[0]
+    tensor([1., 9.])
+    """
+    try:
+        return torch.linalg.eigh(symmetric)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage], as it is documented
+        values, vectors = torch.linalg.eigh(symmetric.double())
+        return values.to(symmetric.dtype), vectors.to(symmetric.dtype)
+
+
 def eigh(symmetric: Float[Tensor, "*batch n n"]) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n n"]]:
     """Eigenvalues, falling, and orthonormal eigenvectors of symmetric matrices; computed where that is fastest.
 
@@ -254,7 +272,7 @@ def eigh(symmetric: Float[Tensor, "*batch n n"]) -> tuple[Float[Tensor, "*batch 
     """
     there = symmetric.is_cuda and symmetric.shape[-1] <= BATCHED
     with one_thread_each(symmetric):
-        found = torch.linalg.eigh(symmetric if there else symmetric.cpu())
+        found = eigh_there(symmetric if there else symmetric.cpu())
     values, vectors = (part.to(symmetric.device).flip(-1) for part in found)
     return values, vectors
 

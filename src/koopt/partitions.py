@@ -281,12 +281,17 @@ def bare(model: nn.Module) -> nn.Module:
     >>> bare(nn.DataParallel(nn.Linear(1, 1)))
     Linear(in_features=1, out_features=1, bias=True)
     """
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or _is_compiled(model):
-        model = model._orig_mod if _is_compiled(model) else model.module  # pyright: ignore[reportAssignmentType], both are modules
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or is_compiled(model):
+        model = model._orig_mod if is_compiled(model) else model.module  # pyright: ignore[reportAssignmentType], both are modules
     return model
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` made it.
+
+    >>> is_compiled(nn.Linear(1, 1))
+    False
+    """
     compiler = sys.modules.get("torch._dynamo.eval_frame")  # as soon as there is a compiled module
     return compiler is not None and isinstance(model, compiler.OptimizedModule)
 

@@ -228,7 +228,7 @@ class Attempts:
         given = secants.gradients(self._optimizer, list(self._weights.named.values()), factor)
         held.end(given, streak.expected)
         streak.expected = 0.0
-        doubtful = self._doubtful()
+        doubtful = looking.is_doubtful(schedule.tries + 1)
         if not streak.moves:
             schedule.spent += 2 * SNAPSHOT
             if steps < schedule.following:
@@ -238,10 +238,6 @@ class Attempts:
                 schedule.postpone(steps)
                 return False
         return self._follow(held, steps, doubtful).accepted
-
-    def _doubtful(self) -> bool:
-        """Whether it is asked if gradients are noise: rarer and rarer, as what is smooth seldom turns noisy."""
-        return looking.is_doubtful(self.schedule.tries + 1)
 
     def _toward_jump(self, steps: int, left: int) -> None:
         """Record the last steps before the attempt that is due in `left`, and make it, as far as the budget allows."""

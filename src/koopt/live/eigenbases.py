@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from koopt import sharding
+from koopt import linalg, sharding
 from koopt.live.budget import at_doubling
 from koopt.live.secants import gradients, sound
 from koopt.live.skipping import flag, groups_of
@@ -114,7 +114,7 @@ class Matrix:
         total, margins = squares.sum().clamp_min(tiny), [squares.sum(1), squares.sum(0)]
         for side, (product, basis) in enumerate(zip(self.products, self.bases, strict=True)):
             if product is not None and basis is not None:
-                values, vectors = _eigen(product)
+                values, vectors = linalg.eigh_there(product)
                 basis.copy_(vectors.flip(1))  # the largest first, which an iteration keeps apart best
                 shares = values.flip(0).clamp_min(0.0)
                 margins[side] = shares * (total / shares.sum()).nan_to_num(0.0, 0.0, 0.0)
@@ -203,27 +203,28 @@ class Eigenbases:
         self._optimizer, self._largest = optimizer, largest
         self._parameters = {name: one for name, one in named.items() if is_matrix(one)}
         self.examples = dict.fromkeys(self._parameters, 0)
-        self.matrices = self._made(self.examples)
+        self.matrices = self._made(self._parameters, self.examples)
         self.steps = 0
 
     def pass_through(self, examples: Mapping[str, int]) -> None:
         """So many examples of a step go through each weight: sides that are short beside them get a basis, too."""
-        sides = {name: short_sides(one, self._largest, self.examples[name]) for name, one in self._parameters.items()}
-        made = self._made(examples)
-        for name, one in self._parameters.items():
-            if name in self.matrices and short_sides(one, self._largest, examples[name]) == sides[name]:
-                made[name] = self.matrices[name]
-        self.examples, self.matrices = dict(examples), made
+        changed = {
+            name: one
+            for name, one in self._parameters.items()
+            if short_sides(one, self._largest, examples[name]) != short_sides(one, self._largest, self.examples[name])
+        }
+        kept = {name: held for name, held in self.matrices.items() if name not in changed}
+        self.examples, self.matrices = dict(examples), kept | self._made(changed, examples)
 
     def needed(self, examples: Mapping[str, int]) -> int:
         """Bytes, with so many examples."""
         return sum(nbytes_of(one, self._largest, examples[name]) for name, one in self._parameters.items())
 
-    def _made(self, examples: Mapping[str, int], device: str | None = None) -> dict[str, Matrix]:
+    def _made(self, parameters: Mapping[str, Tensor], examples: Mapping[str, int]) -> dict[str, Matrix]:
         """Matrices with nothing seen."""
         return {
-            name: Matrix.of(one.detach().to(device or one.device), self._largest, examples[name])
-            for name, one in self._parameters.items()
+            name: Matrix.of(one, self._largest, examples[name])
+            for name, one in parameters.items()
             if short_sides(one, self._largest, examples[name])
         }
 
@@ -275,7 +276,8 @@ class Eigenbases:
         """What a state has to be like that has so many examples: tensors of the same shapes, which take no memory."""
         given = state if isinstance(state, dict) else {}
         examples = given["examples"] if _counts(given.get("examples"), self.examples) else self.examples
-        return self._state(self._made(examples, "meta") if given.get("values") else {}, examples)
+        weights = {name: one.detach().to("meta") for name, one in self._parameters.items()}
+        return self._state(self._made(weights, examples) if given.get("values") else {}, examples)
 
     def _state(self, matrices: Mapping[str, Matrix], examples: Mapping[str, int]) -> dict[str, Any]:
         counts = {name: {key: getattr(held, key) for key in COUNTS} for name, held in matrices.items()}
@@ -344,15 +346,6 @@ class Eigenbases:
         change = own.sub_(held.move(averages.epsilon)).mul_(averages.rate)
         parameter.add_(change.nan_to_num_(0.0, 0.0, 0.0).view(parameter.shape))  # else all that follows would be lost
         return True
-
-
-def _eigen(product: Float[Tensor, "side side"]) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors; in float32 they are sometimes not found where many rows are zero."""
-    try:
-        return torch.linalg.eigh(product)
-    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage], as it is documented
-        values, vectors = torch.linalg.eigh(product.double())
-        return values.to(product.dtype), vectors.to(product.dtype)
 
 
 def is_due(time: int, side: int) -> bool:

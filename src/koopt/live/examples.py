@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from koopt.partitions import is_compiled
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
+STEP = 2  # of which they are counted; before the first one other passes may have been made
 COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # modules whose outputs are one for each example and row
 
 
@@ -39,7 +42,7 @@ class Examples:
     def __init__(self, model: nn.Module, named: Mapping[str, Tensor]) -> None:
         self.counts = dict.fromkeys(named, 0)
         names, self._hooks = {parameter: name for name, parameter in named.items()}, []
-        if any(map(_is_compiled, model.modules())):
+        if any(is_compiled(one) or one._compiled_call_impl is not None for one in model.modules()):
             return
         for module in model.modules():
             weight = module._parameters.get("weight") if isinstance(module, COUNTED) else None
@@ -61,7 +64,3 @@ class Examples:
 def _count(counts: dict[str, int], name: str, rows: int, module: nn.Module, inputs: Any, output: Any) -> None:
     if torch.is_grad_enabled() and isinstance(output, torch.Tensor) and not torch.compiler.is_compiling():
         counts[name] += output.numel() // rows
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

@@ -16,7 +16,7 @@ from koopt.live import evaluating, records, resuming
 from koopt.live.attempts import Attempts
 from koopt.live.budget import MEAN
 from koopt.live.eigenbases import EVERY, Eigenbases
-from koopt.live.examples import Examples
+from koopt.live.examples import STEP, Examples
 from koopt.live.judging import Judge
 from koopt.live.skipping import skipped
 from koopt.live.weights import Weights
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from koopt.live.secants import Secants
     from koopt.live.settings import Settings
 
-COUNTED = 2  # the step of which examples are counted; before the first one other passes may have been made
 KEY = "koopt"  # in the optimizer's own state dict, where asked for
 log = logging.getLogger("koopt")
 _attached: WeakSet[torch.optim.Optimizer] = WeakSet()
@@ -78,8 +77,9 @@ class Live:
         jumping = (optimizer, model, self._weights, self._judge, self._means, settings, ranks)
         self._attempts = Attempts(*jumping) if settings.snapshots else None
         self._bases = Eigenbases(optimizer, named, settings.precondition) if settings.precondition else None
-        counted = {} if self._bases is None or settings.at_once else self._bases.examples
-        self._examples = Examples(model, {name: named[name] for name in counted}) if counted else None
+        self._examples: Examples | None = None
+        if self._bases is not None and not settings.at_once:
+            self._examples = Examples(model, {name: named[name] for name in self._bases.examples})
         self._taste = evaluating.Taste()
         self._loading: tuple[Mapping[str, Any], list[Jump]] | None = None  # what waits for the optimizer's own part
         self.steps = 0
@@ -385,7 +385,7 @@ class Live:
     def _count(self, examples: Examples) -> None:
         """A step was taken, and says how many examples there are in one, unless others may have gone before."""
         assert self._bases is not None
-        if self.steps < COUNTED:
+        if self.steps < STEP:
             examples.restart()
             return
         examples.end()
